@@ -34,7 +34,7 @@ def _as_events(df: pl.DataFrame) -> pl.DataFrame:
         if n := df[c].null_count(): raise TableError(f"Timeline column {c!r} may not be missing; {n} of {len(df)} rows are. Drop or mend them first.")
     return df.sort("subject_id", "time", nulls_last=False, maintain_order=True)
 
-# %% ../../nbs/core/tables.ipynb #6e060530
+# %% ../../nbs/core/tables.ipynb #6a62cb71
 @dataclass(frozen=True, repr=False)
 class Timeline:
     "Events of patients in the MEDS standard"
@@ -44,6 +44,7 @@ class Timeline:
     fingerprint: str = ""               # a hash that changes when the data does
     attribution: str = ""               # credit that the licence asks for; shown wherever results are
     notes: tuple = ()                   # what was counted or mended while reading, in sentences
+    splits: pl.DataFrame | None = None  # `subject_id, split` where the source prescribes the splits (MEDS subject_splits)
 
     def __post_init__(self):
         if self.kind not in ("synthetic", "real"): raise TableError(f"Timeline.kind must be 'synthetic' or 'real', got {self.kind!r}.")
