@@ -170,7 +170,7 @@ def _cohort_html(self):
 
 Cohort.of, Cohort.sample, Cohort.__repr__, Cohort._repr_html_ = _split, _sample, _cohort_repr, _cohort_html
 
-# %% ../../nbs/core/tables.ipynb #afc74815
+# %% ../../nbs/core/tables.ipynb #ab498784
 STATUSES = ("ok", "refused", "unparsed", "error")
 
 class Predictions(Table):
@@ -196,6 +196,10 @@ class Predictions(Table):
         "The rows of one variant"
         if variant not in self.variants: raise TableError(unknown_name("variant", variant, self.variants))
         return self.frame[self.frame["variant"] == variant].reset_index(drop=True)
+    def on(self, split: str) -> Predictions:
+        "The rows of one split"
+        if split not in SPLITS: raise TableError(unknown_name("split", split, SPLITS))
+        return Predictions(self.frame[self.frame["split"] == split])
     def __repr__(self): return f"Predictions({len(self):,} rows: {', '.join(self.variants)})"
     def _repr_html_(self):
         f = self.frame.assign(ok=self.frame["status"] == "ok")
