@@ -148,7 +148,7 @@ class Cohort(Table):
     @property
     def prevalence(self) -> float: return float(self.frame["label"].mean()) if len(self) else float("nan")
 
-# %% ../../nbs/core/tables.ipynb #0a3a9620
+# %% ../../nbs/core/tables.ipynb #12dc72d7
 def _like(cohort: Cohort, frame) -> Cohort: return Cohort(frame, cohort.task, cohort.flow)
 
 def _split(self: Cohort, name: str) -> Cohort:
@@ -157,9 +157,9 @@ def _split(self: Cohort, name: str) -> Cohort:
     return _like(self, self.frame[self.frame["split"] == name])
 
 def _sample(self: Cohort, n: int, seed: int = 42) -> Cohort:
-    "At most `n` rows, drawn at random and put back in order; the same rows for the same seed"
-    keep = self.frame.sample(min(n, len(self)), random_state=seed).sort_index()
-    return _like(self, keep)
+    "At most `n` rows, drawn at random and put back in order; a smaller draw with the same seed is part of a larger one"
+    keep = np.sort(np.random.default_rng(seed).permutation(len(self))[:n])
+    return _like(self, self.frame.iloc[keep])
 
 def _cohort_repr(self): return f"Cohort({self.task.name}: {len(self):,} predictions on {self.frame['subject_id'].nunique():,} patients, {self.prevalence:.1%} positive)"
 
