@@ -70,15 +70,16 @@ def _plain(v):
     if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
-# %% ../../nbs/run/store.ipynb #da338fd4
+# %% ../../nbs/run/store.ipynb #8e9089dc
 def data_fingerprint(values: dict,      # an experiment's resolved parameters
                      settings,          # the study's `Settings`
                      ) -> str:          # a hash that changes when the patients or the question do
     "Hash what decides on the patients: source, size, seed and task"
     source, task = values.get("data", "synthetic"), settings["task"]
-    if (settings.root / source).is_dir(): return short_hash([folder_fingerprint(settings.root / source, settings.cache), task])
-    size = [values.get("n_patients", settings["data"]["n_patients"])] if source == "synthetic" else []
-    return short_hash([source, *size, values.get("seed", settings["study"]["seed"]), task])
+    seed, size = values.get("seed", settings["study"]["seed"]), values.get("n_patients", settings["data"]["n_patients"])
+    if source == "synthetic": return short_hash([source, size, seed, task])
+    if (settings.root / source).is_dir(): source = folder_fingerprint(settings.root / source, settings.cache)
+    return short_hash([source, seed, task])     # the seed draws the splits
 
 # %% ../../nbs/run/store.ipynb #53d67ef6
 def model_fingerprint(settings,     # the study's `Settings`
