@@ -71,12 +71,14 @@ def next_unplanned(episodes: pl.DataFrame,      # from `read_episodes`
     known = known.join_asof(back, left_on="after", right_on="returned", by="subject_id", strategy="forward", check_sortedness=False)
     return pl.concat([known, open_], how="diagonal").drop("after").sort("subject_id", "admitted")
 
-# %% ../../nbs/ehr/cohort.ipynb #2974d042
+# %% ../../nbs/ehr/cohort.ipynb #d12aec56
 AGE_BANDS = {"18-44": 18, "45-64": 45, "65-79": 65, "80+": 80}
 _SHORT = {"F": "Female", "M": "Male", "FEMALE": "Female", "MALE": "Male"}
 
-def age_in_years(later: str, birth: str): return (pl.col(later).dt.year() - pl.col(birth).dt.year()
-    - ((pl.col(later).dt.month() * 100 + pl.col(later).dt.day()) < (pl.col(birth).dt.month() * 100 + pl.col(birth).dt.day())).cast(pl.Int32))
+def age_in_years(later: str, birth: str) -> pl.Expr:
+    "Whole years between two columns of times"
+    day = lambda c: pl.col(c).dt.month().cast(pl.Int32) * 100 + pl.col(c).dt.day()
+    return pl.col(later).dt.year() - pl.col(birth).dt.year() - (day(later) < day(birth)).cast(pl.Int32)
 
 def _facts(events, code, name):
     "One value per patient of a static or repeated fact: the first"

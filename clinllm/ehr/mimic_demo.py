@@ -111,8 +111,8 @@ def _moves(stays, adt):
     return pl.concat([_events(stays, "admission_dttm", pl.lit("HOSPITAL_ADMISSION//") + kind), _events(sites, "admission_dttm", pl.lit("SITE//") + pl.col("site")),
                       _events(stays, "discharge_dttm", pl.lit("HOSPITAL_DISCHARGE//") + to)])
 
-# %% ../../nbs/ehr/mimic_demo.ipynb #fb49562b
-VITAL_UNITS = dict(heart_rate="bpm", sbp="mmHg", dbp="mmHg", map="mmHg", respiratory_rate="breaths/min", spo2="%", temp_c="C", weight_kg="kg", height_cm="cm")
+# %% ../../nbs/ehr/mimic_demo.ipynb #6f668701
+VITAL_UNITS = dict(heart_rate="bpm", sbp="mmHg", dbp="mmHg", map="mmHg", respiratory_rate="breaths/min", spo2="%", temp_c="Cel", weight_kg="kg", height_cm="cm")
 
 def _measurements(labs, vitals, given, infused):
     "Lab results, vital signs and drugs"
