@@ -98,7 +98,7 @@ def load_parts(folder,                    # a folder of safetensors
     except Exception as e:
         raise ModelError(f"transformers cannot open {folder} without remote code: {type(e).__name__}: {str(e).splitlines()[0][:200]}. Is the folder complete, and of an architecture that transformers knows?") from None
 
-# %% ../../nbs/models/local.ipynb #5c8799b4
+# %% ../../nbs/models/local.ipynb #a455b584
 class LocalModel:
     "A causal language model of transformers in this process"
     min_prefix = 64     # tokens that all prompts must share at their start before the shared part is computed only once
@@ -137,7 +137,7 @@ class LocalModel:
     @property
     def base(self):
         "The causal model without peft's wrapper; LoRA layers stay in place"
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
     @property
     def fingerprint(self) -> str:
         "A hash of the folder, or of the weights in memory"
