@@ -17,7 +17,7 @@ from ..core.errors import DataError
 # %% auto #0
 __all__ = ['StructuredModel', 'EmbeddingModel', 'LateFusion']
 
-# %% ../../nbs/fusion/late.ipynb #2ae15e0c
+# %% ../../nbs/fusion/late.ipynb #6594f1a8
 class StructuredModel:
     "Gradient boosting on numeric features; the number of trees is chosen on validation"
     def __init__(self, seed: int = 42,              # random state of the trees
@@ -30,15 +30,16 @@ class StructuredModel:
     def fit(self, X: pd.DataFrame, y, X_val: pd.DataFrame, y_val) -> StructuredModel:
         "Fit on training rows, keep as many trees as serve the validation rows best (log loss)"
         if len(np.unique(y)) < 2: raise DataError(f"the training rows hold one outcome only (n={len(y)}); a model needs both. Take more patients.")
-        self.trees.fit(X, y)
-        p = np.stack([q[:, 1] for q in self.trees.staged_predict_proba(X_val)]).clip(1e-6, 1 - 1e-6)
+        self.columns = [c for c in X.columns if X[c].notna().any()]     # scikit-learn 1.9 fails on a column without any value
+        self.trees.fit(X[self.columns], y)
+        p = np.stack([q[:, 1] for q in self.trees.staged_predict_proba(X_val[self.columns])]).clip(1e-6, 1 - 1e-6)
         losses = -(np.log(p) * np.asarray(y_val) + np.log1p(-p) * (1 - np.asarray(y_val))).mean(1)
         self.n_trees = int(losses.argmin()) + 1
         return self
 
     def predict_proba(self, X: pd.DataFrame) -> np.ndarray:
         "Probabilities of the outcome, shape (n,)"
-        staged = self.trees.staged_predict_proba(X)
+        staged = self.trees.staged_predict_proba(X[self.columns])
         return next(q for i, q in enumerate(staged, 1) if i == self.n_trees)[:, 1]
 
 # %% ../../nbs/fusion/late.ipynb #5f16084c
