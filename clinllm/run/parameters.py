@@ -12,8 +12,8 @@ import ast, io, json, math, re, tokenize
 from ..core.errors import DataError, ParameterError, unknown_name
 
 # %% auto #0
-__all__ = ['TYPES', 'STUDY', 'HEADER_KEYS', 'read_notebook', 'Parameter', 'read_parameters', 'check_source', 'check_values',
-           'resolve_values', 'Experiment', 'read_experiment', 'list_experiments']
+__all__ = ['TYPES', 'STUDY', 'HEADER_KEYS', 'read_notebook', 'Parameter', 'read_parameters', 'source_folder', 'check_source',
+           'check_values', 'resolve_values', 'Experiment', 'read_experiment', 'list_experiments']
 
 # %% ../../nbs/run/parameters.ipynb #f5e1e8d9
 def read_notebook(path,         # an .ipynb file
@@ -112,14 +112,20 @@ def _checked(p: Parameter, value, where: str = ""):
     if p.choices and str(typed) not in p.choices: raise ParameterError(f"{where}{unknown_name(f'value of {p.name!r}', typed, p.choices)} One of: {', '.join(p.choices)}.")
     return typed
 
-# %% ../../nbs/run/parameters.ipynb #53a2f8e3
+# %% ../../nbs/run/parameters.ipynb #adea7f27
+def source_folder(source: str,      # what was given for `data`
+                  root,             # the project's root
+                  ) -> Path | None: # the folder, or None where there is none of that name
+    "The folder that a source names; `~` is the home folder"
+    folder = Path(root) / Path(source).expanduser()
+    return folder if folder.is_dir() else None
+
 def check_source(source: str,       # what was given for `data`
                  root,              # the project's root
                  ) -> str:          # the same text
     "Refuse a data source that is neither known nor a folder"
-    if (Path(root) / source).is_dir(): return source
     from clinllm.ehr.sources import SOURCES
-    if source not in SOURCES: raise ParameterError(f"{unknown_name('data source', source, SOURCES)} It must be one of {', '.join(SOURCES)} or an existing folder of MEDS Parquet files.")
+    if source not in SOURCES and not source_folder(source, root): raise ParameterError(f"{unknown_name('data source', source, SOURCES)} It must be one of {', '.join(SOURCES)} or an existing folder of MEDS Parquet files.")
     return source
 
 # %% ../../nbs/run/parameters.ipynb #b78ac0db
