@@ -13,7 +13,7 @@ from ..core.tables import History
 from .cohort import UNPLANNED, age_in_years
 
 # %% auto #0
-__all__ = ['RANGES', 'NAMES', 'UNITS', 'CONDITIONS', 'SECTIONS', 'SHARES', 'read_codes', 'known_events', 'measurements',
+__all__ = ['RANGES', 'NAMES', 'UNITS', 'CONDITIONS', 'PLACES', 'SECTIONS', 'SHARES', 'read_codes', 'known_events', 'measurements',
            'read_diagnoses', 'heads', 'count_roughly', 'render', 'discharge_notes', 'model_input']
 
 # %% ../../nbs/ehr/rendering.ipynb #4bf143cf
@@ -114,15 +114,17 @@ def _drug_pieces(known):
     m = known.filter(pl.col("in_stay") & pl.col("code").str.starts_with("MEDICATION//")).with_columns(text=pl.col("code").str.split("//").list.get(1).str.replace_all("_", " "))
     return m.group_by("row", "text").agg(pl.col("time").max()).sort("row", "time", "text", descending=[False, True, False]).select("row", section=pl.lit(3), text="text")
 
-# %% ../../nbs/ehr/rendering.ipynb #545c0eab
-def _head(row, in_stay, stays):
+# %% ../../nbs/ehr/rendering.ipynb #dfd1dc2f
+PLACES = dict(HOME="home", SNF="a nursing facility", REHAB="rehabilitation", HOSPICE="hospice")
+
+def _head(row):
     "First line of a patient's text"
     sex = {"F": "female", "M": "male"}.get(row["sex"], (row["sex"] or "").lower())
     who = " ".join(filter(None, [f"{row['age']}-year-old" if row["age"] is not None else "", sex])) or "patient"
     days = f" after {(row['prediction_time'] - row['start']).total_seconds() / 86400:.1f} days" if row["start"] else ""
-    to = f" to {row['to'].lower()}" if row["to"] and row["to"] not in ("UNKNOWN", "OTHER") else ""
+    to = f" to {PLACES[row['to']]}" if row["to"] in PLACES else ""
     came = f"{(row['type'] or 'hospital').lower()} admission, discharged{days}{to}."
-    before = f"Earlier stays: {stays}" + (f", {row['unplanned']} unplanned; last discharge {row['since']:.0f} days before this admission." if stays and row["since"] is not None else ".")
+    stays = row["earlier"]; before = f"Earlier stays: {stays}" + (f", {row['unplanned']} unplanned; last discharge {row['since']:.0f} days before this admission." if stays and row["since"] is not None else ".")
     return f"{who.capitalize() if not row['age'] else who}, {came} {before}"
 
 def heads(known: pl.DataFrame,      # from `known_events`
@@ -136,7 +138,7 @@ def heads(known: pl.DataFrame,      # from `known_events`
         type=part.filter(at("HOSPITAL_ADMISSION", ~early)).first(), to=part.filter(at("HOSPITAL_DISCHARGE", ~early)).last(), earlier=at("HOSPITAL_ADMISSION", early).sum(),
         unplanned=(at("HOSPITAL_ADMISSION", early) & part.str.contains(UNPLANNED)).sum(), since=((pl.col("start") - pl.col("time").filter(at("HOSPITAL_DISCHARGE", early)).max()).first().dt.total_seconds() / 86400))
     facts = {r["row"]: r for r in facts.with_columns(age=age_in_years("prediction_time", "birth")).to_dicts()}
-    return [_head(facts[i], None, facts[i]["earlier"]) if i in facts else "Nothing is known about this patient." for i in range(n)]
+    return [_head(facts[i]) if i in facts else "Nothing is known about this patient." for i in range(n)]
 
 # %% ../../nbs/ehr/rendering.ipynb #491e6278
 SECTIONS = {1: "Abnormal results: ", 2: "Known conditions: ", 3: "Drugs: ", 4: "Other results: "}
