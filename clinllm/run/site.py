@@ -93,7 +93,15 @@ def _exported(cell) -> list:
     folded = nbformat.v4.new_code_cell(f'#| code-fold: {"true" if found else "show"}\n#| code-summary: "Source"\n{source}', outputs=cell.get("outputs", []))
     return shown + [folded]
 
-# %% ../../nbs/run/site.ipynb #9b8b8465
+# %% ../../nbs/run/site.ipynb #11f4860b
+def _site_links(output: dict) -> dict:
+    "The output with links to notebooks turned into links to pages"
+    if "text/html" not in output.get("data", {}): return output
+    text = "".join(output["data"]["text/html"]); text = re.sub(r'<a href="[^"]*reports/[^"]*\.ipynb[^"]*">(.*?)</a>', r"\1", text)
+    output["data"]["text/html"] = re.sub(r'(href="(?!https?:)[^"#]*)\.ipynb', r"\1.html", text)
+    return output
+
+# %% ../../nbs/run/site.ipynb #0c10f46c
 def _processed(nb):
     "nbdev's processors, without those that execute, link or look for front matter"
     from fastcore.nbio import dict2nb
@@ -120,11 +128,11 @@ def page(nb,                    # a notebook, from nbformat
     kept = [x for k, d in said if not {"hide", "default_exp"} & d.keys() for x in (_exported(cells[k]) if {"export", "exports", "exporti"} & d.keys() else [cells[k]])]
     nb.cells = [nbformat.v4.new_markdown_cell(t) for t in (before, text) if t.strip()] + kept
     for c in nb.cells:
-        if c.cell_type == "code": c["outputs"] = [o for o in c.get("outputs", []) if o.get("name") != "stderr"]
+        if c.cell_type == "code": c["outputs"] = [_site_links(o) for o in c.get("outputs", []) if o.get("name") != "stderr"]
     front = dict(cell_type="raw", id="front", metadata={}, source="---\n" + yaml.safe_dump(head, allow_unicode=True) + "---")
     return dict(nb, cells=[front, *({k: v for k, v in dict(c).items() if not k.endswith("_")} for c in _processed(nb).cells)])
 
-# %% ../../nbs/run/site.ipynb #e187f99e
+# %% ../../nbs/run/site.ipynb #9471ca9c
 def execute(path: Path,             # a notebook in the temporary copy
             folder: Path,           # working directory, in the project
             settings: Settings,     # the study's settings
@@ -133,7 +141,7 @@ def execute(path: Path,             # a notebook in the temporary copy
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
     env = dict(os.environ, CLINLLM_SITE="1", CLINLLM_ROOT=str(settings.root), CLINLLM_REPORTS=str(settings.reports), MPLBACKEND="module://matplotlib_inline.backend_inline")
-    try: NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute(env=env)
+    try: NotebookClient(nb, timeout=timeout, kernel_name="python3", extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(folder)}}).execute(env=env)
     except Exception as e:
         last = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(e)).splitlines() if line.strip()][-1:]
         raise SiteError(f"the page {path.name} failed when it was executed: {' '.join(last)[:300]}. Run the notebook in JupyterLab to see where.") from None
@@ -294,8 +302,8 @@ def gather(settings: Settings, stage: Path):
     (stage / "_symbols.json").write_text(json.dumps(symbols(nbs)), encoding="utf-8")
     (stage / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../../nbs/run/site.ipynb #7e5b5eae
-_FONTS = re.compile(r"""@import\s+(?:url\()?['"]?https?://[^;]*;""")
+# %% ../../nbs/run/site.ipynb #41652cd6
+_FONTS = re.compile(r"""@import\s*(?:url\(\s*['"]?https?://[^)]*\)|['"]https?://[^'"]*['"])[^;]*;""")
 
 def render(stage: Path) -> Path:
     "Render the temporary copy and check it; the folder of the finished pages"
