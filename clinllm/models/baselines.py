@@ -37,8 +37,8 @@ class Prevalence:
     def fit(self, texts, y) -> Prevalence: self.share = float(check_labels(texts, y)[1].mean()); return self
     def predict_proba(self, texts) -> np.ndarray: return np.full(len(check_texts(texts, "texts")), self.share)
 
-# %% ../../nbs/models/baselines.ipynb #c0d1bad0
-STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+# %% ../../nbs/models/baselines.ipynb #e8d28067
+STRENGTHS = (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 def fit_logistic(pipeline,              # a scikit-learn pipeline that ends in a logistic regression
                  x,                     # features, n rows
