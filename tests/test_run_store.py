@@ -17,8 +17,8 @@ class Project:
     "A project in a temporary folder"
     def __init__(self, root: Path):
         self.root, self.reports = root, root / "reports"
-        (root / "nbs/experiments").mkdir(parents=True); self.settings_text("")
-    def settings_text(self, text, sources="synthetic"): (self.root / "settings.ini").write_text(f"[data]\nsources = {sources}\n[model]\nname = no-model\n{text}")
+        (root / "nbs/experiments").mkdir(parents=True); (root / "model").mkdir(); (root / "model" / "weights").write_text("none"); self.settings_text("")
+    def settings_text(self, text, sources="synthetic"): (self.root / "settings.ini").write_text(f"[data]\nsources = {sources}\n[model]\nname = model\n{text}")
     @property
     def settings(self): return load_settings(self.root / "settings.ini")
     def experiment(self, name, body=FINISH, header="", parameters=PARAMETERS):

@@ -43,7 +43,7 @@ def headline(folder,            # a run that landed
     r = first.iloc[0]; interval = f" [{r['low']:.3f}, {r['high']:.3f}]" if r["low"] == r["low"] else ""
     return f"{r['metric']} of {r['variant']}: {r['value']:.3f}{interval}, n {r['n']}"
 
-# %% ../../nbs/run/cli.ipynb #406cb927
+# %% ../../nbs/run/cli.ipynb #25d8dd9e
 def _table(title: str, columns: list, rows: list) -> None:
     "Print a table"
     from rich.console import Console
@@ -51,14 +51,16 @@ def _table(title: str, columns: list, rows: list) -> None:
     table = Table(title=title, title_justify="left", show_edge=False, box=None, pad_edge=False, header_style="bold")
     for c in columns: table.add_column(c, overflow="fold")
     for row in rows: table.add_row(*(str(v).replace("[", r"\[") for v in row))
-    console = Console(); console.print(table, width=None if console.is_terminal else 180); console.print()
+    console = Console()
+    if not console.is_terminal: console = Console(width=180)
+    console.print(table); console.print()
 
 def _relative(path, root) -> str:
     "A path as one would type it from the project's root"
     try: return str(path.relative_to(root))
     except (ValueError, AttributeError): return str(path or "–")
 
-# %% ../../nbs/run/cli.ipynb #c4e7b02e
+# %% ../../nbs/run/cli.ipynb #08474092
 def cmd_run(a) -> int:
     "Plan, execute, and say what was made and where"
     params, grid = parse_pairs(a.p), parse_grid(a.grid)
@@ -67,18 +69,19 @@ def cmd_run(a) -> int:
     settings = load_settings()
     jobs = run_experiments(a.experiment, params, grid, a.jobs, a.force, settings)
     count = {s: sum(j.status == s for j in jobs) for s in ("ok", "failed", "up to date", "skipped")}
-    if count["ok"] + count["failed"]: _table("\nWhat was made", ["run", "status", "headline", "where"], [(j.name, j.status, headline(j.folder) if j.status != "failed" else j.reason[:160], _relative(j.folder, settings.root)) for j in jobs if j.folder])
+    if count["ok"] + count["failed"]: print(); _table("What was made", ["run", "status", "headline", "where"], [(j.name, j.status, headline(j.folder) if j.status != "failed" else j.reason[:160], _relative(j.folder, settings.root)) for j in jobs if j.folder])
     print(", ".join(f"{n} {s}" for s, n in count.items() if n) + (". Nothing to do: everything is up to date." if not count["ok"] + count["failed"] else "."))
     return 1 if count["failed"] else 0
 
-# %% ../../nbs/run/cli.ipynb #295cd06a
+# %% ../../nbs/run/cli.ipynb #e7db0271
 def cmd_status(a) -> int:
     "The runs that landed"
     from clinllm.core.settings import load_settings
     from clinllm.run.parameters import list_experiments, read_parameters
     from clinllm.run.store import list_runs
     settings = load_settings(); runs = list_runs(settings.reports)
-    defaults = {n: {p.name: p.default for p in read_parameters(e.path)} for n, e in list_experiments(settings).items()}
+    try: defaults = {n: {p.name: p.default for p in read_parameters(e.path)} for n, e in list_experiments(settings).items()}
+    except ClinllmError: defaults = {}      # a notebook that cannot be read now does not hide what landed
     changed = lambda m: ", ".join(f"{k}={v}" for k, v in m["params"].items() if k != "data" and v != defaults.get(m["experiment"], {}).get(k)) or "defaults"
     if not runs: print("No run has landed yet. Start with: clinllm run"); return 0
     _table(f"{len(runs)} runs in {_relative(settings.reports, settings.root)}", ["experiment", "data", "run id", "status", "when (UTC)", "seconds", "parameters"],
@@ -94,7 +97,7 @@ def cmd_site(a) -> int:
     if a.serve: serve_site(settings)
     return 0
 
-# %% ../../nbs/run/cli.ipynb #179be024
+# %% ../../nbs/run/cli.ipynb #f4799ff5
 def cmd_data(a) -> int:
     "List sources, fetch one, or check a folder"
     from clinllm.core.settings import load_settings
@@ -104,8 +107,9 @@ def cmd_data(a) -> int:
     if a.name is None: raise DataError(f"clinllm data {a.action} needs a {'name' if a.action == 'get' else 'folder'}. Try: clinllm data list")
     if a.action == "get" and a.name not in SOURCES: raise DataError(unknown_name("data source", a.name, SOURCES))
     from clinllm.ehr.cohort import build_cohort
-    timeline = load_timeline(a.name, settings); cohort = build_cohort(timeline)
-    for line in (timeline, *timeline.notes, f"notes: {'yes' if has_notes(timeline) else 'no'}", cohort, timeline.attribution): print(line)
+    timeline, t = load_timeline(a.name, settings), settings["task"]
+    cohort = build_cohort(timeline, validation=t["validation"], test=t["test"], seed=settings["study"]["seed"], horizon_days=t["horizon_days"])
+    for line in (timeline, *timeline.notes, f"notes: {'yes' if has_notes(timeline) else 'no'}", cohort, *(f"- {step}: {n:,}" for step, n in cohort.flow), timeline.attribution): print(line)
     return 0
 
 # %% ../../nbs/run/cli.ipynb #137f703e

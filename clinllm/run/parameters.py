@@ -12,8 +12,8 @@ import ast, io, json, math, re, tokenize
 from ..core.errors import DataError, ParameterError, unknown_name
 
 # %% auto #0
-__all__ = ['TYPES', 'STUDY', 'HEADER_KEYS', 'read_notebook', 'Parameter', 'read_parameters', 'source_folder', 'check_source',
-           'check_values', 'resolve_values', 'Experiment', 'read_experiment', 'list_experiments']
+__all__ = ['TYPES', 'NAMED', 'STUDY', 'HEADER_KEYS', 'read_notebook', 'Parameter', 'read_parameters', 'source_folder',
+           'check_source', 'check_values', 'resolve_values', 'Experiment', 'read_experiment', 'list_experiments']
 
 # %% ../../nbs/run/parameters.ipynb #f5e1e8d9
 def read_notebook(path,         # an .ipynb file
@@ -112,7 +112,10 @@ def _checked(p: Parameter, value, where: str = ""):
     if p.choices and str(typed) not in p.choices: raise ParameterError(f"{where}{unknown_name(f'value of {p.name!r}', typed, p.choices)} One of: {', '.join(p.choices)}.")
     return typed
 
-# %% ../../nbs/run/parameters.ipynb #adea7f27
+# %% ../../nbs/run/parameters.ipynb #cd4f479b
+NAMED = {"synthetic": True, "mimic-iv-demo": False}     # sources with a name → whether they have notes
+
+# %% ../../nbs/run/parameters.ipynb #2583682f
 def source_folder(source: str,      # what was given for `data`
                   root,             # the project's root
                   ) -> Path | None: # the folder, or None where there is none of that name
@@ -122,10 +125,12 @@ def source_folder(source: str,      # what was given for `data`
 
 def check_source(source: str,       # what was given for `data`
                  root,              # the project's root
+                 where: str = "",   # said before an error
                  ) -> str:          # the same text
-    "Refuse a data source that is neither known nor a folder"
-    from clinllm.ehr.sources import SOURCES
-    if source not in SOURCES and not source_folder(source, root): raise ParameterError(f"{unknown_name('data source', source, SOURCES)} It must be one of {', '.join(SOURCES)} or an existing folder of MEDS Parquet files.")
+    "Refuse a data source that is neither known nor a folder of MEDS files"
+    folder = None if source in NAMED else source_folder(source, root)
+    if folder and not any(folder.glob("data/**/*.parquet")): raise ParameterError(f"{where}the folder {source!r} holds no data/**/*.parquet, as a MEDS dataset must. Name the folder above data/ and metadata/.")
+    if source not in NAMED and not folder: raise ParameterError(f"{where}{unknown_name('data source', source, NAMED)} It must be one of {', '.join(NAMED)} or an existing folder of MEDS Parquet files.")
     return source
 
 # %% ../../nbs/run/parameters.ipynb #b78ac0db
