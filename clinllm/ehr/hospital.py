@@ -18,28 +18,28 @@ from .notes import FACTS, write_notes
 __all__ = ['INTERCEPT', 'TABLE_TERMS', 'FACT_TERMS', 'FACT_PREVALENCE', 'WRITTEN', 'SITES', 'LANGUAGES', 'EICU', 'CHRONIC_CODES',
            'REASONS', 'PLANNED', 'DRUGS', 'NORMAL', 'DECIMALS', 'UNITS', 'LAST_DAY', 'LAST_START', 'VERSION',
            'draw_patients', 'draw_labs', 'draw_stays', 'covariates', 'outcome_logit', 'draw_documentation',
-           'written_logit', 'draw_next', 'simulate', 'person_events', 'stay_events', 'measurement_events',
-           'drug_events', 'Hospital', 'make_hospital', 'bayes_auroc']
+           'written_logit', 'draw_next', 'simulate', 'draw_splits', 'person_events', 'stay_events',
+           'measurement_events', 'drug_events', 'Hospital', 'make_hospital', 'bayes_auroc']
 
-# %% ../../nbs/ehr/hospital.ipynb #42a7b4ea
-INTERCEPT = -4.55
+# %% ../../nbs/ehr/hospital.ipynb #653e1f55
+INTERCEPT = -3.86
 TABLE_TERMS = dict(                                 # column: (subtract, divide by, coefficient)
-    age=(65, 10, 0.12),                             # years
-    prior_unplanned=(0, 1, 0.55),                   # unplanned admissions in the 365 days before this one, at most 3
-    log2_los=(2, 1, 0.25),                          # log2 of days in hospital; 2 is four days
-    haemoglobin=(11, 1, -0.20),                     # g/dL, last of the stay
+    age=(65, 10, 0.10),                             # years
+    prior_unplanned=(0, 1, 0.45),                   # unplanned admissions in the 365 days before this one, at most 3
+    log2_los=(2, 1, 0.22),                          # log2 of days in hospital; 2 is four days
+    haemoglobin=(11, 1, -0.18),                     # g/dL, last of the stay
     log2_creatinine=(0, 1, 0.30),                   # log2 of mg/dL, last of the stay
     sodium=(138, 5, -0.30),                         # mmol/L, last of the stay
-    heart_rate=(85, 10, 0.22),                      # beats per minute, last of the stay
-    heart_failure=(0, 1, 0.55), copd=(0, 1, 0.40), diabetes=(0, 1, 0.30),   # on the problem list: 0 or 1
+    heart_rate=(85, 10, 0.20),                      # beats per minute, last of the stay
+    heart_failure=(0, 1, 0.50), copd=(0, 1, 0.35), diabetes=(0, 1, 0.25),   # on the problem list: 0 or 1
     n_drugs=(10, 5, 0.30),                          # different drugs in the stay
     medicaid=(0, 1, 0.30),                          # insured by Medicaid: 0 or 1
     site_lake=(0, 1, 0.30), site_hill=(0, 1, -0.20))    # against site North: 0 or 1
-FACT_TERMS = dict(living_alone=1.45, missed_follow_up=1.45, needs_help=1.25, medication_confusion=0.75, no_transport=0.75)
+FACT_TERMS = dict(living_alone=1.55, missed_follow_up=1.45, needs_help=1.05, medication_confusion=0.40, no_transport=0.40)
 
-# %% ../../nbs/ehr/hospital.ipynb #17f58e8a
+# %% ../../nbs/ehr/hospital.ipynb #81edef38
 FACT_PREVALENCE = dict(living_alone=0.30, missed_follow_up=0.28, needs_help=0.30, medication_confusion=0.25, no_transport=0.20)
-WRITTEN = dict(yes=0.97, no=0.80)               # share of true, and of untrue, facts that the note states
+WRITTEN = dict(yes=0.97, no=0.60)               # share of true, and of untrue, facts that the note states
 SITES = dict(North=dict(share=0.45, written=1.0), Lake=dict(share=0.35, written=1.0), Hill=dict(share=0.20, written=0.90))
 LANGUAGES = dict(English=dict(written=1.0, short=0.10), Spanish=dict(written=0.60, short=0.70), Other=dict(written=0.60, short=0.70))
 
@@ -73,9 +73,9 @@ def _language(rng, race):
     u, other = rng.random(len(race)), np.select([race == "Asian", race == "Other", race == "White"], [.5, .35, .15], .05)
     return np.where(race == "Hispanic", np.where(u < .65, "Spanish", "English"), np.where(u < other * .6, "Other", np.where(u < other, "Spanish", "English")))
 
-# %% ../../nbs/ehr/hospital.ipynb #9c6d49b3
-def draw_patients(n: int, rng, validation: float, test: float) -> pd.DataFrame:
-    "One row per patient: person, chronic conditions, site, split and the day of the first admission (days since 2022-01-01)"
+# %% ../../nbs/ehr/hospital.ipynb #0efb6d9a
+def draw_patients(n: int, rng) -> pd.DataFrame:
+    "One row per patient: person, chronic conditions, facts, site and the day of the first admission (days since 2022-01-01)"
     race, age = _choose(rng, EICU["race"], n), np.interp(rng.random(n), list(EICU["age"]), list(EICU["age"].values()))
     older, u = age >= 65, rng.random(n)
     p = pd.DataFrame(dict(subject_id=100_001 + np.arange(n), sex=np.where(rng.random(n) < EICU["female"], "Female", "Male"), race_ethnicity=race, language=_language(rng, race),
@@ -83,8 +83,6 @@ def draw_patients(n: int, rng, validation: float, test: float) -> pd.DataFrame:
         site=_choose(rng, {s: v["share"] for s, v in SITES.items()}, n), age_at_first=age, first_admit=rng.uniform(0, 900, n)))
     for name, share in EICU["history"].items(): p[name] = rng.random(n) < share * np.clip(.4 + (age - 18) / 75, 0, 1.3)
     for fact, share in FACT_PREVALENCE.items(): p[fact] = rng.random(n) < share
-    order, n_test, n_val = rng.permutation(n), round(n * test), round(n * validation)
-    p["split"] = np.array(["train"] * n, dtype=object); p.loc[order[:n_test], "split"] = "test"; p.loc[order[n_test:n_test + n_val], "split"] = "validation"
     return p
 
 # %% ../../nbs/ehr/hospital.ipynb #c979e9f2
@@ -155,7 +153,7 @@ def written_logit(s: pd.DataFrame) -> np.ndarray:
         total += g * np.where(s[fact + "_written"], s[fact].to_numpy(float), yes / (yes + no))
     return total
 
-# %% ../../nbs/ehr/hospital.ipynb #97d40d5d
+# %% ../../nbs/ehr/hospital.ipynb #6709cc02
 LAST_DAY, LAST_START = 1095.9, 970.0        # end of 2024 and the last day on which a new course of illness begins, in days since 2022-01-01
 
 def draw_next(s: pd.DataFrame, closed_until, rng) -> pd.DataFrame:
@@ -167,7 +165,7 @@ def draw_next(s: pd.DataFrame, closed_until, rng) -> pd.DataFrame:
     late, planned = 31 + rng.exponential(110, n), rng.uniform(5, 28, n)
     kind = np.where(back, "EMERGENCY", np.where(u < .04, "ELECTIVE", rng.choice(["EMERGENCY", "URGENT", "ELECTIVE"], n, p=[.6, .15, .25])))
     admit = out + np.where(back, gap, np.where(u < .04, planned, late))
-    goes_on = alive & ~ends & (back | ((u < .26) & (admit < LAST_START)))
+    goes_on = alive & ~ends & (back | ((u < .36) & (admit < LAST_START)))
     stop = np.maximum(out + rng.uniform(1, 29, n), closed_until + .05); later = np.where(alive & ~ends & ~goes_on & (rng.random(n) < .03), out + rng.uniform(40, 300, n), np.nan)
     died_at = np.select([~alive, dies, later < LAST_DAY], [out, stop, later], np.nan)
     end = np.select([~np.isnan(died_at), ends], [died_at, stop], LAST_DAY)
@@ -193,6 +191,15 @@ def simulate(patients: pd.DataFrame, rng, max_stays: int = 40) -> pd.DataFrame:
 
 def _time(days): return (pd.Timestamp("2022-01-01") + pd.to_timedelta(np.asarray(days) * 1440, unit="min").round("min")).astype("datetime64[us]")
 
+# %% ../../nbs/ehr/hospital.ipynb #ecaed847
+def draw_splits(s: pd.DataFrame, rng, validation: float, test: float) -> pd.Series:
+    "A split for each patient, indexed by subject_id"
+    back = s.groupby("subject_id")["readmitted"].sum().clip(upper=2); split = pd.Series("train", index=back.index, dtype=object)
+    for count in (0, 1, 2):
+        who = rng.permutation(back.index[back == count]); n_test, n_val = round(len(who) * test), round(len(who) * validation)
+        split[who[:n_test]] = "test"; split[who[n_test:n_test + n_val]] = "validation"
+    return split
+
 # %% ../../nbs/ehr/hospital.ipynb #bdf08696
 def _events(subject, time, code, hadm=None, number=None, text=None) -> pl.DataFrame:
     "A block of events; scalars are repeated"
@@ -202,8 +209,8 @@ def _events(subject, time, code, hadm=None, number=None, text=None) -> pl.DataFr
 
 def _prefix(prefix: str, values) -> list: return [f"{prefix}//{v}" for v in values]
 
-# %% ../../nbs/ehr/hospital.ipynb #268dd455
-def person_events(p: pd.DataFrame, s: pd.DataFrame, rng) -> list:
+# %% ../../nbs/ehr/hospital.ipynb #0e99e04a
+def person_events(p: pd.DataFrame, s: pd.DataFrame) -> list:
     "Birth, death, end of follow-up and what does not change"
     last = s.groupby("subject_id", sort=True).tail(1); end = _time(last["end"]); dead = last["died_at"].notna().to_numpy()
     birth = (pd.Timestamp("2022-01-01") + pd.to_timedelta(np.round((p["first_admit"] - p["age_at_first"] * 365.25)), unit="D")).to_numpy().astype("datetime64[us]")
@@ -267,7 +274,7 @@ def _truth(s: pd.DataFrame) -> pd.DataFrame:
     more = [*FACTS, *(f + "_written" for f in FACTS)]
     return pd.concat([s[keys[:2]], s["discharge"].rename("prediction_time"), s[keys[2:]], s[more], x], axis=1).astype({c: bool for c in more}).reset_index(drop=True)
 
-# %% ../../nbs/ehr/hospital.ipynb #3dc55032
+# %% ../../nbs/ehr/hospital.ipynb #dd25617b
 def make_hospital(n_patients: int = 2000,       # patients, >= 10
                   seed: int = 42,               # seed of every draw, >= 0
                   validation: float = 0.2,      # share of patients in the validation split, in (0, 1)
@@ -277,14 +284,14 @@ def make_hospital(n_patients: int = 2000,       # patients, >= 10
     if not n_patients >= 10: raise DataError(f"make_hospital: n_patients must be at least 10, got {n_patients!r}.")
     if not (0 < validation and 0 < test and validation + test < 1): raise DataError(f"make_hospital: validation and test must be above 0 and sum to less than 1, got {validation!r} and {test!r}.")
     people, course, measured, prose = np.random.default_rng(seed).spawn(4)
-    p = draw_patients(n_patients, people, validation, test); s = simulate(p, course)
+    p = draw_patients(n_patients, people); s = simulate(p, course); split = draw_splits(s, people, validation, test); s["split"] = s["subject_id"].map(split)
     chronic = s[list(CHRONIC_CODES)].to_numpy(bool); names = np.array(list(CHRONIC_CODES))
     notes, spans = write_notes(s.assign(chronic=[list(names[c]) for c in chronic]), prose)
     first, last = stay_events(s)
-    events = pl.concat([*person_events(p, s, people), *first, *measurement_events(s, measured), *drug_events(s, measured), *last, _events(s["subject_id"], s["discharge"], "NOTE//discharge_summary", s["hadm_id"], text=notes)])
+    events = pl.concat([*person_events(p, s), *first, *measurement_events(s, measured), *drug_events(s, measured), *last, _events(s["subject_id"], s["discharge"], "NOTE//discharge_summary", s["hadm_id"], text=notes)])
     mark = hashlib.sha256(f"clinllm-hospital/{VERSION}/{n_patients}/{seed}/{validation}/{test}".encode()).hexdigest()[:16]
     said = ("Invented patients: evidence from them may rehearse a gate and never pass one.", f"seed {seed}, version {VERSION}")
-    timeline = Timeline(events, "synthetic", "synthetic", mark, EICU["credit"], said, pl.from_pandas(p[["subject_id", "split"]].astype({"split": str})))
+    timeline = Timeline(events, "synthetic", "synthetic", mark, EICU["credit"], said, pl.DataFrame(dict(subject_id=split.index.to_numpy(), split=split.tolist())))
     return Hospital(timeline, _truth(s), spans, s)
 
 # %% ../../nbs/ehr/hospital.ipynb #369d4159

@@ -13,8 +13,8 @@ from ..core.errors import DataError, unknown_name
 # %% auto #0
 __all__ = ['LIVING_ALONE', 'MISSED_FOLLOW_UP', 'NEEDS_HELP', 'MEDICATION_CONFUSION', 'NO_TRANSPORT', 'WORDINGS', 'FACTS',
            'PHI_CLASSES', 'MARK', 'FIRST', 'LAST', 'STREETS', 'TOWNS', 'PLANTED', 'STORY', 'CHRONIC_WORDS', 'HEADINGS',
-           'ABBREVIATIONS', 'ABBREVIATE', 'GOES', 'FAMILY', 'CHECKUP', 'ROUTINE', 'HOME_SECTION', 'wordings',
-           'take_marks', 'identity', 'Draws', 'write_note', 'write_notes']
+           'ABBREVIATIONS', 'ABBREVIATE', 'GOES', 'FAMILY', 'CHECKUP', 'ROUTINE', 'HABITS', 'ADVICE', 'HOME_SECTION',
+           'wordings', 'take_marks', 'identity', 'Draws', 'write_note', 'write_notes']
 
 # %% ../../nbs/ehr/notes.ipynb #d2ed709a
 LIVING_ALONE = dict(
@@ -164,7 +164,7 @@ CHRONIC_WORDS = dict(hypertension=["hypertension", "HTN", "high blood pressure"]
                      atrial_fibrillation=["atrial fibrillation", "AF"], kidney_disease=["CKD", "chronic kidney disease"], coronary_disease=["CAD", "coronary disease"], dementia=["mild dementia"],
                      stroke_history=["prior CVA", "old stroke"], hypothyroidism=["hypothyroidism"], cancer=["history of cancer", "prior cancer"])
 
-# %% ../../nbs/ehr/notes.ipynb #1abe775c
+# %% ../../nbs/ehr/notes.ipynb #8c998d2f
 HEADINGS = dict(hpi=["HPI:", "History of present illness:", "Reason for admission:", "Presentation:"], pmh=["PMH:", "Past history:", "Medical history:"],
                 course=["Hospital course:", "Course:", "Brief course:"], social=["Social history:", "Social:", "SH:", "Background:"], family=["Family history:", "FH:"],
                 plan=["Disposition:", "Discharge plan:", "Dispo:", "Plan:"])
@@ -174,7 +174,10 @@ GOES = dict(HOME=["Discharged home.", "Home today."], SNF=["To a skilled nursing
             HOSPICE=["To hospice care."], AMA=["Left against advice."], OTHER=["Transferred to another hospital."], EXPIRED=["Died in hospital.", "Expired despite treatment."])
 FAMILY = ["Mother had diabetes.", "Father died of MI at 70.", "Brother has COPD.", "No family history of heart disease.", "Sister had breast cancer.", "Noncontributory."]
 CHECKUP = ["PCP in two weeks.", "Clinic visit in one week.", "Follow-up to be arranged.", "Repeat labs in a week."]
-ROUTINE = ["Denies chest pain today.", "No fever in the last 48 hours.", "Tolerating a regular diet.", "Pain controlled.", "Never smoked.", "Former smoker.", "Denies alcohol use.", "Retired teacher.", "Worked in a mill."]
+ROUTINE = ["Denies chest pain today.", "No fever in the last 48 hours.", "Tolerating a regular diet.", "Pain was controlled with oral medications.", "Vital signs were stable on the last morning.", "Examination was unremarkable at the end of the stay.",
+           "Nursing reported no events overnight.", "The chest was clear on the last examination.", "Bowel sounds were present and the belly was soft.", "No rash and no new swelling were seen.", "Slept well and was alert in the morning."]
+HABITS = ["Never smoked.", "Former smoker, quit ten years ago.", "Denies alcohol use.", "Drinks a glass of wine on weekends.", "Retired teacher.", "Worked in a mill for many years.", "Enjoys gardening and the radio.", "Likes to read the paper."]
+ADVICE = ["Return for fever, chest pain or shortness of breath.", "Call the clinic with any new symptoms.", "Diet and activity as tolerated.", "Copies of this summary were sent to the PCP.", "The plan was discussed with the team."]
 HOME_SECTION = dict(living_alone="social", missed_follow_up="hpi", needs_help="plan", medication_confusion="plan", no_transport="social")
 
 # %% ../../nbs/ehr/notes.ipynb #71d57ab9
@@ -207,7 +210,9 @@ def _facts(row, draws: Draws, new_share: float) -> dict:
     if draws.chance(0.35): said[draws.pick(["family", "social"])].append(draws.pick(WORDINGS[draws.pick(FACTS)]["other"]))
     return said
 
-# %% ../../nbs/ehr/notes.ipynb #385cdb15
+# %% ../../nbs/ehr/notes.ipynb #ac30fd9f
+def _capital(text: str) -> str: return text[0].upper() + text[1:]
+
 def _sections(row, draws: Draws, new_share: float) -> dict:
     "Section → sentences of one note, unfilled"
     said, (came, done) = _facts(row, draws, new_share), STORY[row.reason]
@@ -217,16 +222,16 @@ def _sections(row, draws: Draws, new_share: float) -> dict:
     labs = draws.pick([f"Cr {row.creatinine_first:.1f} on arrival, {row.creatinine:.1f} at the end.", f"Last Hb {row.haemoglobin:.1f}, Na {row.sodium:.0f}.", f"Na {row.sodium:.0f}, creatinine {row.creatinine:.1f}.",
                        f"Hb {row.haemoglobin:.1f} and stable.", f"HR {row.heart_rate:.0f} at discharge."])
     short = row.short_note
-    sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *said["hpi"]], pmh=[", ".join(known).capitalize() + "." if known else draws.pick(["None.", "No chronic illness."])],
-                    course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.", draws.pick(ROUTINE)])],
-                    social=[*said["social"], *([] if short and said["social"] else [draws.pick(ROUTINE[4:])])],
-                    family=[*said["family"], *([] if short else [draws.pick(FAMILY)])], plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP)])
-    if row.disposition == "EXPIRED": sections["plan"] = [sections["plan"][-2]]
+    sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *said["hpi"]], pmh=[_capital(", ".join(known)) + "." if known else draws.pick(["None.", "No chronic illness."])],
+                    course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.", *draws.shuffle(ROUTINE)[:2]])],
+                    social=[*said["social"], *([] if short and said["social"] else [draws.pick(HABITS)])],
+                    family=[*said["family"], *([] if short else [draws.pick(FAMILY)])], plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short else [draws.pick(ADVICE)])])
+    if row.disposition == "EXPIRED": sections["plan"] = [draws.pick(GOES["EXPIRED"])]
     return {k: draws.shuffle(v) if k in ("social", "course") else v for k, v in sections.items() if v}
 
-# %% ../../nbs/ehr/notes.ipynb #8f6a0d5a
+# %% ../../nbs/ehr/notes.ipynb #a8aba063
 def write_note(row,                 # a stay: attributes as `write_notes` asks for
-               uniforms,            # (96,) uniform numbers in [0, 1) that drive every choice of this note
+               uniforms,            # (128,) uniform numbers in [0, 1) that drive every choice of this note
                new_share: float,    # share of facts stated in a wording of the split's own, in [0, 1]
                ) -> str:            # the note, identifiers still marked
     "Write one discharge summary"
@@ -235,19 +240,19 @@ def write_note(row,                 # a stay: attributes as `write_notes` asks f
     first, rest = "hpi", draws.shuffle([s for s in sections if s != "hpi"])
     body = {s: (draws.pick(HEADINGS[s]) + " " if row.site != "Hill" or draws.chance(0.4) else "") + " ".join(sections[s]) for s in [first, *rest]}
     if row.site == "Lake": body = {s: ABBREVIATE.sub(lambda m: ABBREVIATIONS[m[0]], t) for s, t in body.items()}
-    planted = draws.shuffle(PHI_CLASSES)[: 1 + int(next(draws.uniforms) * 3)]
+    planted = draws.shuffle(PHI_CLASSES)[: 1 + int(next(draws.uniforms) * 2.5)]
     head = draws.pick(["⟦names|{names}⟧, MRN ⟦mrn|{mrn}⟧.", "Patient: ⟦names|{names}⟧.", "Discharge summary, ⟦names|{names}⟧, ⟦dates_ages|{discharged}⟧."])
     tail = " ".join(draws.pick(PLANTED[c]) for c in planted)
     return "\n".join([head, *body.values(), tail]).format_map(words)
 
-# %% ../../nbs/ehr/notes.ipynb #b0fcd65b
+# %% ../../nbs/ehr/notes.ipynb #66567852
 def write_notes(stays: pd.DataFrame,        # subject_id, hadm_id, sex, age (years), site, split, reason, chronic (list), admit, discharge, los (days), disposition, last labs, facts, `*_written`, short_note
                 rng,                        # numpy generator
-                new_share: float = 0.5,     # share of facts in validation and test that are stated in a wording of the split's own, in [0, 1]
+                new_share: float = 0.35,    # share of facts in validation and test that are stated in a wording of the split's own, in [0, 1]
                 ) -> tuple:                 # list of notes in the rows' order, and spans: subject_id, hadm_id, start, end (exclusive), phi_class, text
     "Write a discharge summary for each stay"
     if not 0 <= new_share <= 1: raise DataError(f"write_notes: new_share must lie in [0, 1], got {new_share!r}.")
-    uniforms, notes, spans = rng.random((len(stays), 96)), [], []
+    uniforms, notes, spans = rng.random((len(stays), 128)), [], []
     for row, u in zip(stays.itertuples(index=False), uniforms):
         text, found = take_marks(write_note(row, u, new_share))
         notes.append(text); spans += [(row.subject_id, row.hadm_id, *f) for f in found]
