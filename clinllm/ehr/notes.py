@@ -13,8 +13,8 @@ from ..core.errors import DataError, unknown_name
 # %% auto #0
 __all__ = ['LIVING_ALONE', 'MISSED_FOLLOW_UP', 'NEEDS_HELP', 'MEDICATION_CONFUSION', 'NO_TRANSPORT', 'WORDINGS', 'FACTS',
            'PHI_CLASSES', 'MARK', 'FIRST', 'LAST', 'STREETS', 'TOWNS', 'PLANTED', 'STORY', 'CHRONIC_WORDS', 'HEADINGS',
-           'ABBREVIATIONS', 'ABBREVIATE', 'GOES', 'FAMILY', 'CHECKUP', 'ROUTINE', 'HABITS', 'ADVICE', 'HOME_SECTION',
-           'wordings', 'take_marks', 'identity', 'Draws', 'write_note', 'write_notes']
+           'ABBREVIATIONS', 'ABBREVIATE', 'GOES', 'FAMILY', 'CHECKUP', 'ROUTINE', 'ONSET', 'HABITS', 'ADVICE',
+           'HOME_SECTION', 'wordings', 'take_marks', 'identity', 'Draws', 'write_note', 'write_notes']
 
 # %% ../../nbs/ehr/notes.ipynb #d2ed709a
 LIVING_ALONE = dict(
@@ -164,7 +164,7 @@ CHRONIC_WORDS = dict(hypertension=["hypertension", "HTN", "high blood pressure"]
                      atrial_fibrillation=["atrial fibrillation", "AF"], kidney_disease=["CKD", "chronic kidney disease"], coronary_disease=["CAD", "coronary disease"], dementia=["mild dementia"],
                      stroke_history=["prior CVA", "old stroke"], hypothyroidism=["hypothyroidism"], cancer=["history of cancer", "prior cancer"])
 
-# %% ../../nbs/ehr/notes.ipynb #8c998d2f
+# %% ../../nbs/ehr/notes.ipynb #2cbf8330
 HEADINGS = dict(hpi=["HPI:", "History of present illness:", "Reason for admission:", "Presentation:"], pmh=["PMH:", "Past history:", "Medical history:"],
                 course=["Hospital course:", "Course:", "Brief course:"], social=["Social history:", "Social:", "SH:", "Background:"], family=["Family history:", "FH:"],
                 plan=["Disposition:", "Discharge plan:", "Dispo:", "Plan:"])
@@ -176,8 +176,10 @@ FAMILY = ["Mother had diabetes.", "Father died of MI at 70.", "Brother has COPD.
 CHECKUP = ["PCP in two weeks.", "Clinic visit in one week.", "Follow-up to be arranged.", "Repeat labs in a week."]
 ROUTINE = ["Denies chest pain today.", "No fever in the last 48 hours.", "Tolerating a regular diet.", "Pain was controlled with oral medications.", "Vital signs were stable on the last morning.", "Examination was unremarkable at the end of the stay.",
            "Nursing reported no events overnight.", "The chest was clear on the last examination.", "Bowel sounds were present and the belly was soft.", "No rash and no new swelling were seen.", "Slept well and was alert in the morning."]
+ONSET = ["Symptoms began three days before admission and grew slowly worse.", "The complaint came on suddenly on the evening before.", "Similar but milder episodes had occurred in the past.", "Came by ambulance and was seen in the emergency department.",
+         "The symptoms had been present for about a week.", "No recent travel and no sick contacts."]
 HABITS = ["Never smoked.", "Former smoker, quit ten years ago.", "Denies alcohol use.", "Drinks a glass of wine on weekends.", "Retired teacher.", "Worked in a mill for many years.", "Enjoys gardening and the radio.", "Likes to read the paper."]
-ADVICE = ["Return for fever, chest pain or shortness of breath.", "Call the clinic with any new symptoms.", "Diet and activity as tolerated.", "Copies of this summary were sent to the PCP.", "The plan was discussed with the team."]
+ADVICE = ["Return for fever, chest pain or shortness of breath.", "Call the clinic with any new symptoms.", "Diet and activity as tolerated.", "Copies of this summary were sent to the PCP.", "The plan was discussed with the team.", "The usual home treatment was continued through the stay."]
 HOME_SECTION = dict(living_alone="social", missed_follow_up="hpi", needs_help="plan", medication_confusion="plan", no_transport="social")
 
 # %% ../../nbs/ehr/notes.ipynb #71d57ab9
@@ -210,7 +212,7 @@ def _facts(row, draws: Draws, new_share: float) -> dict:
     if draws.chance(0.35): said[draws.pick(["family", "social"])].append(draws.pick(WORDINGS[draws.pick(FACTS)]["other"]))
     return said
 
-# %% ../../nbs/ehr/notes.ipynb #ac30fd9f
+# %% ../../nbs/ehr/notes.ipynb #d4eb9c2f
 def _capital(text: str) -> str: return text[0].upper() + text[1:]
 
 def _sections(row, draws: Draws, new_share: float) -> dict:
@@ -222,7 +224,7 @@ def _sections(row, draws: Draws, new_share: float) -> dict:
     labs = draws.pick([f"Cr {row.creatinine_first:.1f} on arrival, {row.creatinine:.1f} at the end.", f"Last Hb {row.haemoglobin:.1f}, Na {row.sodium:.0f}.", f"Na {row.sodium:.0f}, creatinine {row.creatinine:.1f}.",
                        f"Hb {row.haemoglobin:.1f} and stable.", f"HR {row.heart_rate:.0f} at discharge."])
     short = row.short_note
-    sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *said["hpi"]], pmh=[_capital(", ".join(known)) + "." if known else draws.pick(["None.", "No chronic illness."])],
+    onset = draws.pick(ONSET); sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *([] if short or row.reason.startswith("planned") else [onset]), *said["hpi"]], pmh=[_capital(", ".join(known)) + "." if known else draws.pick(["None.", "No chronic illness."])],
                     course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.", *draws.shuffle(ROUTINE)[:2]])],
                     social=[*said["social"], *([] if short and said["social"] else [draws.pick(HABITS)])],
                     family=[*said["family"], *([] if short else [draws.pick(FAMILY)])], plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short else [draws.pick(ADVICE)])])
