@@ -59,7 +59,7 @@ def check_host(host,           # a name or an IP address
     raise NetworkError(f"[network] allow in settings.ini does not name {name!r}, so nothing was sent to it. "
                        f"If the study may reach it, write there: allow = {', '.join([*map(str, allow), name])}")
 
-# %% ../../nbs/core/network.ipynb #07de2456
+# %% ../../nbs/core/network.ipynb #f6748f7b
 class _Guard:
     "The switch of the audit hook: `allow` is None while it is off"
     allow, learned, hooked = None, set(), False
@@ -78,11 +78,11 @@ EVENTS = {"socket.connect": lambda sock, address: _check_socket(sock, address), 
           "socket.sendmsg": lambda sock, address: _check_socket(sock, address), "socket.getaddrinfo": lambda host, *_: _check(host),
           "socket.gethostbyname": lambda host: _check(host), "socket.gethostbyaddr": lambda host: _check(host), "socket.getnameinfo": lambda address: _check(address[0])}
 
-def _hook(event, args):
+def _hook(event, args, switch=_Guard, events=EVENTS):     # bound here, because a hook outlives its module at the end of a process
     "Called by Python before anything that it audits; other events pass"
-    if _Guard.allow is not None and event in EVENTS: EVENTS[event](*args)
+    if switch.allow is not None and event in events: events[event](*args)
 
-# %% ../../nbs/core/network.ipynb #d1f10fd6
+# %% ../../nbs/core/network.ipynb #c00f6220
 def _learning(lookup):
     "`getaddrinfo` that remembers the addresses of allowed names"
     def getaddrinfo(host, *args, **kwargs):
@@ -92,13 +92,24 @@ def _learning(lookup):
         return found
     return getaddrinfo
 
+def _checking(method):
+    "A method of `socket.socket` that checks its last argument, the address, before anything resolves it"
+    def checked(self, *args):
+        if _Guard.allow is not None and isinstance(args[-1] if args else None, tuple): _check_socket(self, args[-1])
+        return method(self, *args)
+    return checked
+
+def _hook_in():
+    "Put the hook and the checks in place, once per process"
+    if _Guard.hooked: return
+    sys.addaudithook(_hook); socket.getaddrinfo = _learning(socket.getaddrinfo); _Guard.hooked = True
+    for name in ("connect", "connect_ex", "sendto"): setattr(socket.socket, name, _checking(getattr(socket.socket, name)))
+
 def install_guard(allow=None,      # hosts that may be reached; `[network] allow` of the project when left out
                   ) -> list:       # the hosts that may be reached from now on
     "Refuse connections to other hosts until this process ends"
     allow = load_settings().list("network", "allow") if allow is None else list(allow)
-    set_offline(allow)
-    if not _Guard.hooked:
-        sys.addaudithook(_hook); socket.getaddrinfo = _learning(socket.getaddrinfo); _Guard.hooked = True
+    set_offline(allow); _hook_in()
     _Guard.allow, _Guard.learned = allow, set()
     return allow
 

@@ -317,14 +317,16 @@ def _answer(self: LocalModel, tokens: list, ends: list) -> Generation:
     text = self.tokenizer.decode(tokens[:n], skip_special_tokens=True).strip()
     return Generation(text, "ok" if text else "unparsed", n, "stop" if n < len(tokens) else "length")
 
-# %% ../../nbs/models/local.ipynb #e38818e5
+# %% ../../nbs/models/local.ipynb #1ed120ce
 @patch
 @contextmanager
 def first_layers(self: LocalModel, layers: int | None):
     "The model with its first `layers` layers only, inside the `with` block"
-    backbone = self.base.base_model; full = backbone.layers
-    if layers is not None and not 1 <= layers <= len(full): raise ModelError(f"layers must lie in [1, {len(full)}], got {layers}.")
-    try: backbone.layers = full if layers is None else full[:layers]; yield
+    backbone = self.base.base_model; full = getattr(backbone, "layers", None)
+    if layers is None: yield; return
+    if full is None: raise ModelError(f"{self.name}: this architecture does not name its layers in the usual way, so layers={layers} cannot be had. Leave layers out.")
+    if not 1 <= layers <= len(full): raise ModelError(f"layers must lie in [1, {len(full)}], got {layers}.")
+    try: backbone.layers = full[:layers]; yield
     finally: backbone.layers = full
 
 @patch
