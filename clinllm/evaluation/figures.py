@@ -17,7 +17,7 @@ from .statistics import answered, auroc, bootstrap
 __all__ = ['WIDTH', 'MARKERS', 'GREY', 'theme', 'forest', 'roc_curves', 'reliability_plot', 'distribution', 'decision_curve',
            'group_plot', 'dose_response']
 
-# %% ../../nbs/evaluation/figures.ipynb #5604f1c0
+# %% ../../nbs/evaluation/figures.ipynb #48fcd0db
 WIDTH, MARKERS, GREY = 6.4, "osD^vPX*", "0.45"      # inches; a notebook column
 
 def theme() -> list:      # colours of the palette
@@ -31,6 +31,8 @@ def _axes(ax, height, width=WIDTH):
     theme(); return ax if ax is not None else plt.subplots(figsize=(width, height))[1]
 
 def _title(ax, title): ax.set_title("\n".join(textwrap.wrap(title, 58)), pad=10); return ax
+
+def _names(predictions, variants): return predictions.variants if variants is None else [variants] if isinstance(variants, str) else list(variants)
 
 def _frame(evidence): return (evidence.frame if isinstance(evidence, Evidence) else pd.DataFrame(evidence)).reset_index(drop=True)
 
@@ -80,18 +82,18 @@ def _roc(frame, grid, w):
         if tp[-1] > 0 and fp[-1] > 0: out.append(np.interp(grid, np.r_[0, fp / fp[-1]], np.r_[0, tp / tp[-1]]))
     return np.array(out)
 
-# %% ../../nbs/evaluation/figures.ipynb #03401a00
+# %% ../../nbs/evaluation/figures.ipynb #5589f432
 from .statistics import resamples
 
 def roc_curves(predictions: Predictions,    # predictions of one or more variants
-               title: str,                  # the message
-               variants=None,               # variants to draw, in order; None draws all; more than four get crowded
+               variants=None,               # variant or variants to draw, in order; None draws all; more than four get crowded
+               title: str = "",             # the message
                n_boot: int = 200,           # resamples of patients for the bands, >= 20
                seed: int = 42,              # seed of the resamples
                ax=None):                    # axes to draw on; None makes new ones
     "ROC curve of each variant with a 95% band"
-    ax = _axes(ax, 5.4, 5.8); grid = np.linspace(0, 1, 101)
-    for i, v in enumerate(variants or predictions.variants):
+    variants = _names(predictions, variants); ax = _axes(ax, 5.4, 5.8); grid = np.linspace(0, 1, 101)
+    for i, v in enumerate(variants):
         frame, _ = answered(predictions, v); name, colour = f"{v}: undefined", sns.color_palette("colorblind")[i % 10]
         if len(frame) and frame["label"].nunique() == 2:
             e = bootstrap(frame, auroc, n_boot, seed); name = f"{v}: {e.value:.2f}" + (f" ({e.low:.2f} to {e.high:.2f})" if e.low == e.low else "")
@@ -102,28 +104,28 @@ def roc_curves(predictions: Predictions,    # predictions of one or more variant
     ax.plot([0, 1], [0, 1], ":", color=GREY); ax.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     ax.legend(loc="lower right", title="AUROC, 95% interval", alignment="left"); return _title(ax, title)
 
-# %% ../../nbs/evaluation/figures.ipynb #85ca6d5f
+# %% ../../nbs/evaluation/figures.ipynb #5fc8b899
 def reliability_plot(predictions: Predictions,    # predictions of one or more variants
-                     title: str,                  # the message
-                     variants=None,               # variants to draw; None draws all
+                     variants=None,               # variant or variants to draw; None draws all
+                     title: str = "",             # the message
                      bins: int = 5,               # bins of equal size, >= 1; few bins for few patients
                      ax=None):                    # axes to draw on; None makes new ones
     "Observed against predicted risk with Wilson intervals"
-    ax = _axes(ax, 5.2, 5.8); ax.plot([0, 1], [0, 1], ":", color=GREY)
-    for i, v in enumerate(variants or predictions.variants):
+    variants = _names(predictions, variants); ax = _axes(ax, 5.2, 5.8); ax.plot([0, 1], [0, 1], ":", color=GREY)
+    for i, v in enumerate(variants):
         d, colour = reliability(predictions, v, bins), sns.color_palette("colorblind")[i % 10]
         ax.errorbar(d["predicted"], d["observed"], yerr=[d["observed"] - d["low"], d["high"] - d["observed"]], color=colour, marker=MARKERS[i % 8], ms=7, lw=1.2, elinewidth=2, label=v)
         ax.plot(d["predicted"], np.full(len(d), -.02 - .02 * i), "|", color=colour, ms=9, mew=2)
-    ax.set(xlim=(0, 1), ylim=(-.03 - .02 * len(variants or predictions.variants), 1), xlabel="predicted risk", ylabel="observed share, 95% interval"); ax.legend(loc="upper left")
+    ax.set(xlim=(0, 1), ylim=(-.03 - .02 * len(variants), 1), xlabel="predicted risk", ylabel="observed share, 95% interval"); ax.legend(loc="upper left")
     return _title(ax, title)
 
-# %% ../../nbs/evaluation/figures.ipynb #268df9e4
+# %% ../../nbs/evaluation/figures.ipynb #0aff3166
 def distribution(predictions: Predictions,    # predictions of one or more variants
-                 title: str,                  # the message
-                 variants=None,               # variants to draw; None draws all
+                 variants=None,               # variant or variants to draw; None draws all
+                 title: str = "",             # the message
                  ax=None):                    # axes to draw on; None makes new ones
     "Predicted probabilities of those with and without the outcome: median, middle half, middle 90%"
-    names = list(variants or predictions.variants); ax = _axes(ax, 1.5 + .7 * len(names)); seen = [answered(predictions, v)[0].assign(variant=v) for v in names]
+    names = _names(predictions, variants); ax = _axes(ax, 1.5 + .7 * len(names)); seen = [answered(predictions, v)[0].assign(variant=v) for v in names]
     d = pd.concat(seen, ignore_index=True); d["outcome"] = d["label"].map({0: "without the outcome", 1: "with the outcome"})
     if len(d): sns.boxplot(d, x="y_prob", y="variant", hue="outcome", order=names, hue_order=["without the outcome", "with the outcome"], whis=(5, 95), showfliers=False, width=.7, ax=ax)
     for i, f in enumerate(seen):
@@ -132,13 +134,15 @@ def distribution(predictions: Predictions,    # predictions of one or more varia
     if ax.get_legend(): sns.move_legend(ax, "lower left", bbox_to_anchor=(-.02, 1), ncol=2, title=None); return ax.set_title("\n".join(textwrap.wrap(title, 58)), pad=34) and ax
     return _title(ax, title)
 
-# %% ../../nbs/evaluation/figures.ipynb #8ee903f8
+# %% ../../nbs/evaluation/figures.ipynb #567715db
 def decision_curve(evidence,          # `Evidence` of `net_benefit`, at several thresholds, or its frame
                    title: str,        # the message
                    variants=None,     # variants to draw; None draws all
+                   threshold=None,    # the threshold agreed beforehand, marked by a line; None for none
                    ax=None):          # axes to draw on; None makes new ones
     "Net benefit by threshold with 95% intervals, beside treating all and none"
     rows = _rows(evidence, "net_benefit"); rows["threshold"] = rows["group"].str.extract(r"threshold ([\d.]+)")[0].astype(float); ax = _axes(ax, 4.6)
+    if threshold is not None: ax.axvline(threshold, color=GREY, lw=1)
     names = list(variants or [v for v in dict.fromkeys(rows["variant"]) if v not in ("treat all", "treat none")]); top = []
     for i, v in enumerate(names + ["treat all", "treat none"]):
         d = rows[rows["variant"] == v].sort_values("threshold"); default = v.startswith("treat "); colour = GREY if default else sns.color_palette("colorblind")[i % 10]
@@ -147,24 +151,24 @@ def decision_curve(evidence,          # `Evidence` of `net_benefit`, at several 
     top = np.nanmax([.02, *top, rows.loc[rows["variant"] == "treat all", "value"].max()])
     ax.set(ylim=(-.35 * top, 1.1 * top), xlabel="threshold at which one would act", ylabel="net benefit\n(true alerts per patient)"); ax.legend(loc="upper right"); return _title(ax, title)
 
-# %% ../../nbs/evaluation/figures.ipynb #c5250e92
+# %% ../../nbs/evaluation/figures.ipynb #5ec73baf
 def group_plot(evidence,                  # `Evidence` of `fairness`, or its frame
                metric: str,               # "auroc", "true_positive_rate" or "selection_rate"
                title: str,                # the message
-               variant: str,              # the variant to draw
+               variant: str | None = None,# the variant to draw; None draws the first
                column: str | None = None, # group column, such as "sex"; None draws all columns
                ax=None):                  # axes to draw on; None makes new ones
     "One measure by group with intervals and n; a withheld group is words"
-    rows = _rows(evidence, metric, variant=variant); rows = rows[rows["group"].str.contains(": ")] if column is None else rows[rows["group"].str.startswith(column + ": ")]
+    rows = _rows(evidence, metric); variant = variant or rows["variant"].iloc[0]; rows = rows[rows["variant"] == variant]; rows = rows[rows["group"].str.contains(": ")] if column is None else rows[rows["group"].str.startswith(column + ": ")]
     if not len(rows): raise TableError(f"no rows of variant {variant!r} and column {column!r} in this evidence. Known variants: {', '.join(dict.fromkeys(_frame(evidence)['variant']))}.")
     count = ["n <11" if "n <11" in str(r.limitation) else "n not shown" if "n not shown" in str(r.limitation) else f"n={r.n:,}" for r in rows.itertuples()]
     ax = forest(rows.assign(group=[f"{g} ({c})" for g, c in zip(rows["group"], count)]), metric, title, label="group", ax=ax)
     return ax
 
-# %% ../../nbs/evaluation/figures.ipynb #5aa6d16d
+# %% ../../nbs/evaluation/figures.ipynb #a6be8698
 def dose_response(evidence,                        # `Evidence` of `robustness` with groups such as "typos 10%", or its frame
+                  metric: str,                     # "auroc_drop" or "probability_shift"
                   title: str,                      # the message
-                  metric: str = "auroc_drop",      # or "probability_shift"
                   variant: str | None = None,      # the variant to draw; None draws the first
                   ax=None):                        # axes to draw on; None makes new ones
     "The cost of each perturbation by dose, with 95% intervals"

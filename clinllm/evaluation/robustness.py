@@ -77,7 +77,7 @@ def perturb(texts,              # notes, n strings; None where there is none
     if not 0 <= dose <= 1: raise ParameterError(f"dose must lie in [0, 1], got {dose!r}. It is a share.")
     return [KINDS[kind](t, dose, np.random.default_rng([seed, i])) if isinstance(t, str) and dose > 0 else t for i, t in enumerate(texts)]
 
-# %% ../../nbs/evaluation/robustness.ipynb #5d2f471d
+# %% ../../nbs/evaluation/robustness.ipynb #66ebed7a
 def probability_shift(frame,            # a frame made by `pair`: `y_prob`, `y_prob_b`
                       w: np.ndarray,    # weights, shape (b, n), >= 0
                       ) -> np.ndarray:  # shape (b,), in [0, 1]
@@ -97,6 +97,6 @@ def robustness(clean: Predictions,     # predictions on the notes as they are
         for v in after.variants:
             both = pair(answered(clean, v)[0], answered(after, v)[0]); every = len(after.of(v))
             note = f"{every - len(both)} of {every} rows were not answered both before and after and are left out" if len(both) < every else ""
-            found = bootstrap_many(both, {"auroc_drop": difference(auroc), "probability_shift": probability_shift}, n_boot, seed, distances=("probability_shift",))
+            found = bootstrap_many(both, {"auroc_drop": difference(auroc), "probability_shift": probability_shift}, n_boot, seed)
             rows += [claim("robustness", m, v, e, group=label, cell=cell, limitation=cautions(both, e, note)) for m, e in found.items()]
     return concat(rows) if rows else Evidence(pd.DataFrame())

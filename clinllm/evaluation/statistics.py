@@ -14,8 +14,8 @@ from ..core.tables import KEY, Cohort, Estimate, Evidence, Predictions, Task, cl
 
 # %% auto #0
 __all__ = ['SIMULATED_TASK', 'STATISTICS', 'FEW_EVENTS', 'FEW_PATIENTS', 'simulate', 'answered', 'auroc', 'auprc', 'brier_loss',
-           'resamples', 'interval', 'bootstrap_many', 'bootstrap', 'cautions', 'measure', 'pair', 'difference',
-           'statistic', 'paired_difference', 'wilson']
+           'resamples', 'interval', 'Distance', 'distance_interval', 'bootstrap_many', 'bootstrap', 'cautions',
+           'measure', 'pair', 'difference', 'statistic', 'paired_difference', 'wilson']
 
 # %% ../../nbs/evaluation/statistics.ipynb #c9309cae
 SIMULATED_TASK = Task("simulated", "Will the simulated outcome happen?", "once a row", 30, "a draw from the true risk", "everyone", groups=("sex", "language"))
@@ -87,46 +87,63 @@ def resamples(cluster,                      # patient of each row, shape (n,)
         b = min(block, n_boot - start); drawn = rng.integers(0, k, (b, k)) + k * np.arange(b)[:, None]
         yield np.bincount(drawn.ravel(), minlength=b * k).reshape(b, k)[:, code].astype("float64")
 
-# %% ../../nbs/evaluation/statistics.ipynb #e1001a48
+# %% ../../nbs/evaluation/statistics.ipynb #6b666302
 def interval(value: float,                # the point estimate
              replicates: np.ndarray,      # resampled values, shape (b,); NaN where undefined
              n: int,                      # rows behind the estimate
-             distance: bool = False,      # True for a distance that cannot fall below 0
              ) -> Estimate:               # 95% interval; NaN ends where more than 10% of the resamples are undefined
     "Percentile interval of resampled values (Efron 1979)"
     good = replicates[np.isfinite(replicates)]
     if not np.isfinite(value): return Estimate(float("nan"), n=n)
     if len(good) < .9 * len(replicates) or len(good) < 20: return Estimate(float(value), n=n)
     low, high = np.quantile(good, [.025, .975])
-    if distance: low, high = min(low, max(0., 2 * value - high)), max(high, 2 * value - low)
     return Estimate(float(value), float(low), float(high), n)
 
-# %% ../../nbs/evaluation/statistics.ipynb #03f98a5e
+# %% ../../nbs/evaluation/statistics.ipynb #1fa19b0f
+class Distance:
+    "A statistic that cannot fall below 0: the size of several parts"
+    def __init__(self, parts,     # function of (frame, weights of shape (b, n)) to parts, shape (b, k)
+                 size):           # function of parts, shape (b, k), to their size, shape (b,), >= 0
+        self.parts, self.size = parts, size
+    def __call__(self, frame, w): return self.size(self.parts(frame, w))
+
+def distance_interval(value: float,             # the point estimate, >= 0
+                      replicates: np.ndarray,   # resampled distances, shape (b,)
+                      chance: np.ndarray,       # sizes of the resampled minus the estimated parts, shape (b,)
+                      n: int,                   # rows behind the estimate
+                      ) -> Estimate:            # interval whose lower end allows for what chance adds
+    "Interval of a distance: the upper end by percentile, the lower end after Tukey's range test"
+    e, noise = interval(value, replicates, n), interval(0., chance, n)
+    return e if np.isnan(e.low) or np.isnan(noise.high) else Estimate(e.value, max(0., value - noise.high), max(value, e.high), n)
+
+# %% ../../nbs/evaluation/statistics.ipynb #b7fb5c95
 def bootstrap_many(frame: pd.DataFrame,            # rows to resample; may be empty
-                   statistics: dict,               # name -> function of (frame, weights of shape (b, n)) to shape (b,)
+                   statistics: dict,               # name -> function of (frame, weights of shape (b, n)) to shape (b,), or a `Distance`
                    n_boot: int = 1000,             # resamples, >= 20
                    seed: int = 42,                 # seed of the resamples
                    cluster: str = "subject_id",    # column whose values are drawn whole
-                   distances: tuple = (),          # names of statistics that cannot fall below 0; see `interval`
                    ) -> dict:                      # name -> `Estimate`
     "Estimate several statistics, all on the same resamples of patients"
-    n = len(frame)
-    if not n: return {name: Estimate(float("nan")) for name in statistics}
-    point = {name: f(frame, np.ones((1, n)))[0] for name, f in statistics.items()}; values = {name: [] for name in statistics}
-    if frame[cluster].nunique() > 1:
-        for w in resamples(frame[cluster], n_boot, seed):
-            for name, f in statistics.items(): values[name].append(f(frame, w))
-    return {name: interval(point[name], np.concatenate(v) if v else np.array([]), n, name in distances) for name, v in values.items()}
+    n = len(frame); one = np.ones((1, n)); values, chance = {m: [] for m in statistics}, {m: [] for m in statistics}
+    if not n: return {m: Estimate(float("nan")) for m in statistics}
+    point = {m: f.parts(frame, one) if isinstance(f, Distance) else f(frame, one) for m, f in statistics.items()}
+    for w in resamples(frame[cluster], n_boot, seed) if frame[cluster].nunique() > 1 else ():
+        for m, f in statistics.items():
+            got = f.parts(frame, w) if isinstance(f, Distance) else f(frame, w)
+            values[m].append(f.size(got) if isinstance(f, Distance) else got)
+            if isinstance(f, Distance): chance[m].append(f.size(got - point[m]))
+    joined = lambda v: np.concatenate(v) if v else np.array([])
+    return {m: distance_interval(f.size(point[m])[0], joined(values[m]), joined(chance[m]), n) if isinstance(f, Distance)
+            else interval(point[m][0], joined(values[m]), n) for m, f in statistics.items()}
 
 def bootstrap(frame: pd.DataFrame,            # columns `label`, `y_prob` and the cluster; may be empty
-              statistic,                      # function of (frame, weights of shape (b, n)) to shape (b,), such as `auroc`
+              statistic,                      # function of (frame, weights of shape (b, n)) to shape (b,), such as `auroc`, or a `Distance`
               n_boot: int = 1000,             # resamples, >= 20
               seed: int = 42,                 # seed of the resamples
               cluster: str = "subject_id",    # column whose values are drawn whole
-              distance: bool = False,         # True for a statistic that cannot fall below 0; see `interval`
               ) -> Estimate:                  # value, 95% interval, rows; NaN where undefined
     "Estimate a statistic with a patient-clustered bootstrap interval"
-    return bootstrap_many(frame, {"it": statistic}, n_boot, seed, cluster, ("it",) if distance else ())["it"]
+    return bootstrap_many(frame, {"it": statistic}, n_boot, seed, cluster)["it"]
 
 # %% ../../nbs/evaluation/statistics.ipynb #80756e39
 FEW_EVENTS, FEW_PATIENTS = 10, 50
@@ -144,23 +161,22 @@ def cautions(frame: pd.DataFrame,     # the rows behind the estimate
     elif rarer < FEW_EVENTS or frame["subject_id"].nunique() < FEW_PATIENTS: said.append(f"few events or patients ({rarer} rows in the rarer class): the percentile interval may be too narrow")
     return "; ".join(said)
 
-# %% ../../nbs/evaluation/statistics.ipynb #84b52e68
+# %% ../../nbs/evaluation/statistics.ipynb #2064f5bb
 def measure(predictions: Predictions,     # predictions of one or more variants
             dimension: str,               # one of `DIMENSIONS`
-            statistics: dict,             # metric -> function of (frame, weights of shape (b, n)) to shape (b,)
+            statistics: dict,             # metric -> function of (frame, weights of shape (b, n)) to shape (b,), or a `Distance`
             n_boot: int = 1000,           # resamples, >= 20
             seed: int = 42,               # the same for all variants
             cell: str = "",               # heading of the notebook section that asks
             notes: dict | None = None,    # metric -> sentence, or function of the scored rows to a sentence, for `limitation`
             units: dict | None = None,    # metric -> unit
-            distances: tuple = (),        # metrics that cannot fall below 0; see `interval`
             group: str = "all",           # subgroup or condition
             ) -> Evidence:                # one row a variant and metric
     "Estimate statistics for each variant and write them down with their limitations"
     rows, notes = [], notes or {}
     for v in predictions.variants:
         frame, left_out = answered(predictions, v)
-        for m, e in bootstrap_many(frame, statistics, n_boot, seed, distances=distances).items():
+        for m, e in bootstrap_many(frame, statistics, n_boot, seed).items():
             note = notes.get(m, ""); note = note(frame) if callable(note) else note
             rows.append(claim(dimension, m, v, e, group=group, unit=(units or {}).get(m, ""), cell=cell, limitation=cautions(frame, e, left_out, note)))
     return concat(rows) if rows else Evidence(pd.DataFrame())
