@@ -212,7 +212,7 @@ def _facts(row, draws: Draws, new_share: float) -> dict:
     if draws.chance(0.35): said[draws.pick(["family", "social"])].append(draws.pick(WORDINGS[draws.pick(FACTS)]["other"]))
     return said
 
-# %% ../../nbs/ehr/notes.ipynb #d4eb9c2f
+# %% ../../nbs/ehr/notes.ipynb #1b637034
 def _capital(text: str) -> str: return text[0].upper() + text[1:]
 
 def _sections(row, draws: Draws, new_share: float) -> dict:
@@ -225,7 +225,7 @@ def _sections(row, draws: Draws, new_share: float) -> dict:
                        f"Hb {row.haemoglobin:.1f} and stable.", f"HR {row.heart_rate:.0f} at discharge."])
     short = row.short_note
     onset = draws.pick(ONSET); sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *([] if short or row.reason.startswith("planned") else [onset]), *said["hpi"]], pmh=[_capital(", ".join(known)) + "." if known else draws.pick(["None.", "No chronic illness."])],
-                    course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.", *draws.shuffle(ROUTINE)[:2]])],
+                    course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.", *draws.shuffle(ROUTINE)[:3]])],
                     social=[*said["social"], *([] if short and said["social"] else [draws.pick(HABITS)])],
                     family=[*said["family"], *([] if short else [draws.pick(FAMILY)])], plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short else [draws.pick(ADVICE)])])
     if row.disposition == "EXPIRED": sections["plan"] = [draws.pick(GOES["EXPIRED"])]
