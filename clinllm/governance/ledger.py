@@ -47,14 +47,14 @@ def read_runs(reports,              # the folder `reports`
     df["finished"] = pd.to_datetime(df["finished"], utc=True, format="ISO8601") if len(df) else pd.to_datetime(df["finished"], utc=True)
     return df.sort_values("finished", ascending=False, na_position="last", kind="stable").reset_index(drop=True)
 
-# %% ../../nbs/governance/ledger.ipynb #9cdfdcc1
+# %% ../../nbs/governance/ledger.ipynb #8d428aaa
 def run_notes(runs: pd.DataFrame,   # from `read_runs`
               ) -> list:            # sentences; empty when all is well
     "What a reader of the ledger must know about runs that are not in it"
     notes = []
-    for status, said in (("failed", "failed, and their numbers are not used"), ("damaged", "cannot be read, and nothing of them is used")):
+    for status, one, more in (("failed", "1 run failed and is not used", "runs failed and are not used"), ("damaged", "1 run cannot be read and is not used", "runs cannot be read and are not used")):
         some = runs[runs["status"] == status]
-        if len(some): notes.append(f"{len(some)} run{'s' * (len(some) > 1)} {said}: " + "; ".join(f"{r.experiment}/{r.run_id} ({r.error or 'no reason given'})" for r in some.itertuples()) + ".")
+        if len(some): notes.append((one if len(some) == 1 else f"{len(some)} {more}") + ": " + "; ".join(f"{r.experiment}/{r.run_id} ({r.error or 'no reason given'})" for r in some.itertuples()) + ".")
     return notes
 
 # %% ../../nbs/governance/ledger.ipynb #0fa99fbb
@@ -93,12 +93,12 @@ def write_run(reports,                  # the folder to write into
     if evidence is not None: evidence.write(folder / "evidence.parquet")
     return folder
 
-# %% ../../nbs/governance/ledger.ipynb #a591f000
+# %% ../../nbs/governance/ledger.ipynb #ddaea256
 def anchor(heading: str,    # text of a heading
            ) -> str:        # its identifier, as Pandoc makes it
     "Lower case, punctuation gone, spaces to hyphens, from the first letter on"
     text = re.sub(r"[^\w\s.-]", "", heading.lower())
-    return re.sub(r"^[^a-z]+", "", re.sub(r"\s+", "-", text.strip())) or "section"
+    return re.sub(r"^[\W\d_]+", "", re.sub(r"\s+", "-", text.strip())) or "section"
 
 def on_site() -> bool:
     "Whether a page of the site is being made (the builder sets CLINLLM_SITE)"

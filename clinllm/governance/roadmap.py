@@ -174,7 +174,7 @@ def _judge_source(gate, rows, candidate, limits):
                      high=r.high, n=r.n, unit=r.unit, experiment=r.experiment, run_id=r.run_id, cell=r.cell, status=r.status, note=r.limitation) for r in found.itertuples()]
     return out, status
 
-# %% ../../nbs/governance/roadmap.ipynb #cd9d12e6
+# %% ../../nbs/governance/roadmap.ipynb #0ec3d75a
 def judge(gate: Gate,               # a gate
           ledger: pd.DataFrame,     # from `read_ledger`
           limits: dict,             # the section [gates] of the settings
@@ -189,7 +189,7 @@ def judge(gate: Gate,               # a gate
     silent = [c for c in gate.criteria if c.id not in {r["criterion"] for r in rows}]
     rows += [dict(criterion=c.id, sentence=c.sentence, required=c.required, rule=_in_words(c, limits), value=np.nan, low=np.nan, high=np.nan, n=0, status="no evidence", note=c.missing or "Nothing was measured.") for c in silent]
     order = {c.id: i for i, c in enumerate(gate.criteria)}
-    table = pd.DataFrame(rows, columns=ROW_COLUMNS).sort_values("criterion", key=lambda s: s.map(order), kind="stable").reset_index(drop=True)
+    table = pd.DataFrame(rows, columns=ROW_COLUMNS).sort_values("criterion", key=lambda s: s.map(order), kind="stable").reset_index(drop=True)   # real before synthetic, as grouped
     for c in ("data", "kind", "variant", "group", "unit", "experiment", "run_id", "cell", "note"): table[c] = table[c].fillna("")
     return Judgement(gate, strictest["real"][0], REHEARSED[strictest["synthetic"][0]], strictest["real"][1], strictest["synthetic"][1], table)
 
@@ -201,7 +201,7 @@ def roadmap(settings,           # the study's settings
     ledger = read_ledger(settings.reports) if ledger is None else ledger
     return [judge(g, ledger, settings["gates"], candidates) for g in gates]
 
-# %% ../../nbs/governance/roadmap.ipynb #38b293c1
+# %% ../../nbs/governance/roadmap.ipynb #0ba29977
 COLOURS = {"met": "#0b6e4f", "pass": "#0b6e4f", "pass with conditions": "#3d7ea6", "not met": "#b3261e", "stop": "#b3261e", "undecided": "#8a6100", "too few": "#8a6100", "re-review": "#8a6100", "no evidence": "#5f6368"}
 SIGNS = {"met": "✓", "pass": "✓", "pass with conditions": "✓!", "not met": "✕", "stop": "✕", "undecided": "?", "too few": "?", "re-review": "?", "no evidence": "–"}
 _SHORT = {v: k for k, v in REHEARSED.items()}
@@ -212,20 +212,26 @@ def badge(word: str) -> str:
     look = f"background:#fff;color:{c};border:2px dashed {c}" if rehearsed else f"background:{c};color:#fff;border:2px solid {c}"
     return f'<span class="verdict" style="{look};border-radius:4px;padding:1px 7px;font-weight:600;white-space:nowrap">{SIGNS[plain]} {html.escape(word)}</span>'
 
+def _line(r, depth) -> str:
+    "Cells of one measured value; one wide cell for a criterion without any"
+    e = lambda s: html.escape(str(s)); which = " · ".join(s for s in (r.variant, r.group if r.group != "all" else "") if s)
+    if not r.experiment: return f'<td>{badge(r.status)}</td><td colspan="5"><small>{e(r.note)}</small></td>'
+    measured = e(interval(r.value, r.low, r.high, r.unit)) + (f"<br><small>{e(r.note)}</small>" if r.note else "")
+    source = f'<a href="{e(run_link(r, depth, r.cell))}">{e(r.cell or r.experiment)}</a>'
+    return "".join(f"<td>{x}</td>" for x in (badge(r.status), e(r.data), e(which or "–"), measured, f"{r.n:,}" if r.n else "–", source))
+
 def gate_table(judgement: Judgement,    # a gate held against the ledger
                depth: int = 1,          # folders between the page and the top, for the links
                ):                       # something that Jupyter shows as a table
-    "Criterion, threshold, measured value with interval, n, where from, status"
+    "Criterion with threshold, status, measured value with interval and remark, n, where from"
     from IPython.display import HTML
-    e = lambda s: html.escape(str(s))
-    def line(r):
-        which = " · ".join(s for s in (r.variant, r.group if r.group != "all" else "") if s)
-        source = f'{e(r.data)}: <a href="{e(run_link(r, depth, r.cell))}">{e(r.cell or r.experiment)}</a>' if r.experiment else "–"
-        return {"Criterion": e(r.sentence) + ("" if r.required else " <small>(condition)</small>"), "Threshold": e(r.rule or "–"), "Which": e(which or "–"),
-                "Measured (95% interval)": e(interval(r.value, r.low, r.high, r.unit)), "n": f"{r.n:,}" if r.n else "–", "From": source,
-                "Status": badge(r.status), "Remark": f"<small>{e(r.note)}</small>"}
-    df = pd.DataFrame([line(r) for r in judgement.rows.itertuples()])
-    return HTML(df.to_html(index=False, escape=False, border=0, classes="dataframe gate"))
+    heads = ["Criterion and threshold", "Status", "Patients", "Which", "Measured (95% interval)", "n", "From"]; body = ""
+    for c in judgement.gate.criteria:
+        rows = judgement.rows[judgement.rows["criterion"] == c.id]; first = rows.iloc[0]
+        name = f"{html.escape(c.sentence)}<br><small>{html.escape(first.rule or 'not measured in this version')}{'' if c.required else ', condition'}</small>"
+        for k, r in enumerate(rows.itertuples()):
+            body += "<tr>" + (f'<td rowspan="{len(rows)}">{name}</td>' if k == 0 else "") + _line(r, depth) + "</tr>"
+    return HTML(f'<table class="dataframe gate"><thead><tr>{"".join(f"<th>{h}</th>" for h in heads)}</tr></thead><tbody>{body}</tbody></table>')
 
 # %% ../../nbs/governance/roadmap.ipynb #2f97e1bb
 def gate_header(judgement: Judgement):
@@ -276,7 +282,7 @@ def _message(judgement, ids) -> str:
         if len(by): parts.append(f"{int((by == 'met').sum())} of {len(by)} met on {kind} patients")
     return f"{judgement.gate.gate}: " + ", ".join(parts)
 
-# %% ../../nbs/governance/roadmap.ipynb #7acd169c
+# %% ../../nbs/governance/roadmap.ipynb #1d9e9334
 def chapter_link(gate: Gate, prefix: str = "") -> str:
     "Address of a gate's chapter: a page on the site, a notebook in JupyterLab"
     return f"{prefix}{gate.page}.{'html' if on_site() else 'ipynb'}"
@@ -295,10 +301,10 @@ def overview_figure(judgements, kind: str = "synthetic"):
     import matplotlib.pyplot as plt
     count = lambda j: pd.Series([combine(j.rows[(j.rows["criterion"] == c.id) & (j.rows["kind"] == kind)]["status"]) for c in j.gate.criteria]).value_counts()
     counts = pd.DataFrame({f"{j.gate.gate} {j.gate.name}": count(j) for j in judgements}).reindex(STATUSES).fillna(0).T.iloc[::-1]
-    fig, ax = plt.subplots(figsize=(8.5, 3.4)); left = np.zeros(len(counts)); hatch = dict(zip(STATUSES, ("", "xx", "//", "..", "")))
+    fig, ax = plt.subplots(figsize=(8.5, 3.6)); left = np.zeros(len(counts)); hatch = dict(zip(STATUSES, ("", "xx", "//", "..", "")))
     for s in STATUSES:
         ax.barh(counts.index, counts[s], left=left, color=COLOURS[s] if s != "no evidence" else "#dadce0", hatch=hatch[s], edgecolor="white", label=s); left += counts[s].to_numpy()
     met, total = int(counts["met"].sum()), int(counts.to_numpy().sum())
-    ax.set(xlabel="criteria"); ax.set_title(f"{met} of {total} criteria are met on {kind} patients", loc="left"); ax.legend(ncols=5, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(.45, -.16))
+    ax.set(xlabel="criteria"); ax.set_title(f"{met} of {total} criteria are met on {kind} patients", loc="left"); ax.legend(ncols=5, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(.45, -.2))
     for side in ("top", "right"): ax.spines[side].set_visible(False)
     fig.tight_layout(); plt.close(fig); return fig

@@ -49,10 +49,10 @@ def parameters(node,                # a function or class definition
     said = comments.get(node.returns.end_lineno, "") if node.returns is not None and node.returns.end_lineno > node.lineno else ""
     return rows + ([("returns", ast.unparse(node.returns), "", said)] if node.returns is not None and (said or rows) else [])
 
-# %% ../../nbs/run/site.ipynb #1d661a03
+# %% ../../nbs/run/site.ipynb #f635bf20
 def reference(node, comments: dict) -> str:
     "Markdown for one definition: heading, signature, sentence, table"
-    rows = parameters(node, comments); e = lambda s: html.escape(str(s))
+    rows = parameters(node, comments); e = lambda s: re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(str(s)))
     names = ", ".join(n + (f"={d}" if d else "") for n, _, d, _ in rows if n != "returns")
     table = "".join(f"<tr><td>{e(n)}</td><td>{e(t)}</td><td>{e(d)}</td><td>{e(m)}</td></tr>" for n, t, d, m in rows) if any(m for *_, m in rows) else ""
     table = f"<table class='dataframe params'><thead><tr><th>Name</th><th>Type</th><th>Default</th><th>Meaning</th></tr></thead><tbody>{table}</tbody></table>" if table else ""
@@ -78,7 +78,7 @@ def front_matter(source: str) -> tuple:
         else: rest.append(line)
     return title, subtitle, keys, "\n".join(rest).strip()
 
-# %% ../../nbs/run/site.ipynb #41927bb1
+# %% ../../nbs/run/site.ipynb #7e4136cc
 def _directives(cell) -> dict:
     "The `#|` lines of a code cell"
     return {m[1]: m[2].strip() for m in re.finditer(r"^#\|\s*([\w-]+):?(.*)$", cell.source, re.M)} if cell.cell_type == "code" else {}
@@ -90,7 +90,7 @@ def _exported(cell) -> list:
     if not source or only((ast.Import, ast.ImportFrom)): return []
     comments, found = _comments(source), _public(source)
     shown = [nbformat.v4.new_markdown_cell("\n".join(reference(n, comments) for n in found))] if found else []
-    folded = nbformat.v4.new_code_cell(f'#| code-fold: {"true" if found else "show"}\n#| code-summary: "Source"\n{source}', outputs=cell.get("outputs", []))
+    folded = nbformat.v4.new_code_cell(f'#| code-fold: {"show" if only((ast.Assign, ast.AnnAssign)) else "true"}\n#| code-summary: "Source"\n{source}', outputs=cell.get("outputs", []))
     return shown + [folded]
 
 # %% ../../nbs/run/site.ipynb #11f4860b
@@ -167,7 +167,7 @@ def provenance(manifest: dict, link: str) -> str:
     warning = "\n\n**Synthetic patients.** These figures show that the pipeline works. They say nothing clinical.\n" if d["kind"] == "synthetic" else ""
     return f"```{{=html}}\n<table class='dataframe roles'><tbody>{rows}</tbody></table>\n```\n\nThe whole record is the [manifest]({link}).{warning}\n"
 
-# %% ../../nbs/run/site.ipynb #a099b061
+# %% ../../nbs/run/site.ipynb #cf74cc15
 def run_page(row, stage: Path) -> dict:
     "Write the page of a run into the temporary copy; its place and title"
     folder = Path(row.folder); manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -198,7 +198,7 @@ def _run_list(runs, pages, notes) -> str:
     link = lambda r: f'<a href="{e(r.experiment)}/{e(r.run_id)}.html">{e(r.run_id)}</a>' if (r.experiment, r.run_id) in pages else e(r.run_id)
     rows = "".join(f"<tr><td>{e(r.experiment)}</td><td>{link(r)}</td><td>{e(r.data or '–')}</td><td>{e(r.status)}</td><td>{'–' if r.finished != r.finished else f'{r.finished:%Y-%m-%d %H:%M} UTC'}</td><td>{e(', '.join(f'{k}={v}' for k, v in (r.params or {}).items()))}</td></tr>" for r in runs.itertuples())
     table = f"```{{=html}}\n<div class='facts'><table class='dataframe ledger'><thead><tr><th>Experiment</th><th>Run</th><th>Data</th><th>Status</th><th>Finished</th><th>Parameters</th></tr></thead><tbody>{rows}</tbody></table></div>\n```\n"
-    return "---\ntitle: All runs\ndescription: The newest run of each experiment on each source has a page; older ones are listed\n---\n\n" + (table if rows else "No runs yet. Type `make run`.\n") + "".join(f"\n- {n}\n" for n in notes)
+    return "---\ntitle: All runs\ndescription: The newest run of each experiment on each source has a page; older ones are listed\n---\n\n" + (table if rows else "No runs yet. Type `make run`.\n") + "".join(f"\n- {e(n)}\n" for n in notes)
 
 # %% ../../nbs/run/site.ipynb #bdf6b2b1
 def formula(tex: str) -> str:
@@ -282,7 +282,7 @@ def symbols(nbs: Path) -> dict:
     modules = {f"{'.'.join(p.relative_to(nbs).with_suffix('').parts)}": f"/{p.relative_to(nbs).as_posix()}" for p in notebooks(nbs) if p.parent.name in ROOMS}
     return {n: where for n, where in found if times[n] == 1} | modules | {f"clinllm.{m}": w for m, w in modules.items()}
 
-# %% ../../nbs/run/site.ipynb #cf3cebfb
+# %% ../../nbs/run/site.ipynb #c917a66f
 LIVE = ("index.ipynb", "roadmap/*.ipynb")
 
 def gather(settings: Settings, stage: Path):
@@ -295,7 +295,7 @@ def gather(settings: Settings, stage: Path):
     for p in notebooks(stage):
         try: p.write_text(json.dumps(page(nbformat.read(p, as_version=4))), encoding="utf-8")
         except (ValueError, SyntaxError, tokenize.TokenError, nbformat.reader.NotJSONError) as e: raise SiteError(f"{p.relative_to(stage)} cannot be made into a page ({type(e).__name__}: {str(e).splitlines()[0][:200]}). Open it in JupyterLab and mend it.") from None
-    for f in [*nbs.glob("*.css"), *nbs.glob("_*.html"), *nbs.glob("*.md")]: shutil.copy(f, stage / f.name)
+    for f in [*nbs.glob("*.css"), *nbs.glob("_*.html"), *nbs.glob("*.md"), *nbs.glob("*/_metadata.yml")]: shutil.copy(f, stage / f.relative_to(nbs))
     config = yaml.safe_load((nbs / "_quarto.yml").read_text(encoding="utf-8")); config["website"]["title"] = settings["site"]["title"]
     contents = config["website"]["sidebar"]["contents"]; contents[-1:-1] = sidebar(stage, add_runs(settings, stage))
     config["smalldocs"] = dict(linkify=True, symbols="_symbols.json"); config["project"]["output-dir"] = "_site"
