@@ -101,16 +101,14 @@ def _site_links(output: dict) -> dict:
     output["data"]["text/html"] = re.sub(r'(href="(?!https?:)[^"#]*)\.ipynb', r"\1.html", text)
     return output
 
-# %% ../../nbs/run/site.ipynb #0c10f46c
+# %% ../../nbs/run/site.ipynb #87e12da0
 def _processed(nb):
-    "nbdev's processors, without those that execute, link or look for front matter"
+    "nbdev's processors, without those that execute, link, look for front matter or read nbdev's settings"
     from fastcore.nbio import dict2nb
-    from nbdev.processors import FilterDefaults, add_links, add_show_docs, clean_show_doc, exec_show_docs, insert_warning, mv_exports, rm_export
-    from nbdev.frontmatter import FrontmatterProc
-    skip = {FrontmatterProc, add_links, add_show_docs, clean_show_doc, exec_show_docs, insert_warning, mv_exports, rm_export}
-    class Quiet(FilterDefaults):
-        def base_procs(self): return [p for p in super().base_procs() if p not in skip]
-    made = dict2nb(json.loads(json.dumps(nb))); Quiet()(made)
+    from nbdev.process import NBProcessor
+    from nbdev.processors import add_fold, filter_stream_, hide_, hide_line, populate_language, rm_header_dash, strip_ansi, strip_hidden_metadata
+    made = dict2nb(json.loads(json.dumps(nb)))
+    NBProcessor(nb=made, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_, add_fold, strip_hidden_metadata], rm_directives="quarto").process()
     return made
 
 def page(nb,                    # a notebook, from nbformat
@@ -302,7 +300,7 @@ def gather(settings: Settings, stage: Path):
     (stage / "_symbols.json").write_text(json.dumps(symbols(nbs)), encoding="utf-8")
     (stage / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../../nbs/run/site.ipynb #41652cd6
+# %% ../../nbs/run/site.ipynb #6a28d3e3
 _FONTS = re.compile(r"""@import\s*(?:url\(\s*['"]?https?://[^)]*\)|['"]https?://[^'"]*['"])[^;]*;""")
 
 def render(stage: Path) -> Path:
@@ -324,6 +322,8 @@ def build_site(settings: Settings,      # the study's settings
                ) -> Path:               # the folder of the site, reports/site
     "Build the site from the notebooks and the newest runs; the old one stays until the new one is whole"
     started, target = time.perf_counter(), settings.reports / "site"; settings.reports.mkdir(parents=True, exist_ok=True)
+    for left in settings.reports.glob(".site-*"):       # by a build that was killed
+        if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".site-", dir=settings.reports) as t:
         stage = Path(t, "stage"); stage.mkdir(); gather(settings, stage); made = render(stage)
         (made / ".nojekyll").touch()
