@@ -21,8 +21,8 @@ __all__ = ['INTERCEPT', 'TABLE_TERMS', 'FACT_TERMS', 'FACT_PREVALENCE', 'WRITTEN
            'written_logit', 'draw_next', 'simulate', 'draw_splits', 'person_events', 'stay_events',
            'measurement_events', 'drug_events', 'Hospital', 'make_hospital', 'bayes_auroc']
 
-# %% ../../nbs/ehr/hospital.ipynb #e7b20231
-INTERCEPT = -3.84
+# %% ../../nbs/ehr/hospital.ipynb #7b7cb3b3
+INTERCEPT = -3.88
 TABLE_TERMS = dict(                                 # column: (subtract, divide by, coefficient)
     age=(65, 10, 0.10),                             # years
     prior_unplanned=(0, 1, 0.45),                   # unplanned admissions in the 365 days before this one, at most 3
@@ -35,11 +35,11 @@ TABLE_TERMS = dict(                                 # column: (subtract, divide 
     n_drugs=(10, 5, 0.30),                          # different drugs in the stay
     medicaid=(0, 1, 0.30),                          # insured by Medicaid: 0 or 1
     site_lake=(0, 1, 0.30), site_hill=(0, 1, -0.20))    # against site North: 0 or 1
-FACT_TERMS = dict(living_alone=1.55, missed_follow_up=1.45, needs_help=1.05, medication_confusion=0.40, no_transport=0.40)
+FACT_TERMS = dict(living_alone=1.65, missed_follow_up=1.55, needs_help=0.90, medication_confusion=0.35, no_transport=0.35)
 
-# %% ../../nbs/ehr/hospital.ipynb #81edef38
+# %% ../../nbs/ehr/hospital.ipynb #3dcbdeb1
 FACT_PREVALENCE = dict(living_alone=0.30, missed_follow_up=0.28, needs_help=0.30, medication_confusion=0.25, no_transport=0.20)
-WRITTEN = dict(yes=0.97, no=0.60)               # share of true, and of untrue, facts that the note states
+WRITTEN = dict(yes=0.97, no=0.50)               # share of true, and of untrue, facts that the note states
 SITES = dict(North=dict(share=0.45, written=1.0), Lake=dict(share=0.35, written=1.0), Hill=dict(share=0.20, written=0.90))
 LANGUAGES = dict(English=dict(written=1.0, short=0.10), Spanish=dict(written=0.60, short=0.70), Other=dict(written=0.60, short=0.70))
 
