@@ -1,5 +1,5 @@
 "The runner and its store, on tiny notebooks in a project of their own. Runs land whole, are not repeated, and survive being killed."
-import json, os, signal, subprocess, sys, time
+import os, re, signal, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import nbformat, psutil, pytest
@@ -47,6 +47,7 @@ def wait_for(condition, seconds=40):
 
 def gone(pids): return all(not psutil.pid_exists(p) or psutil.Process(p).status() == psutil.STATUS_ZOMBIE for p in pids)
 
+NUMBER = re.compile(r"\d+(\.\d+)?")
 SLOW = """flag = Path(os.environ["CLINLLM_ROOT"], "fast")
 if not flag.exists():
     Path(os.environ["CLINLLM_ROOT"], "pids").write_text(f"{os.getpid()} {os.getppid()}"); time.sleep(60)
@@ -96,7 +97,7 @@ def test_up_to_date_forced_and_changed(project):
     forced = project.run("trial", force=True)["trial"]
     assert forced.status == "ok" and forced.run_id == first.run_id and len(list_runs(project.reports)) == 1
     differing = [(a, b) for a, b in zip(notebook.splitlines(), (forced.folder / "notebook.ipynb").read_text().splitlines()) if a != b]
-    assert all("energy_wh" in a for a, _ in differing) and "papermill" not in notebook     # only what was measured differs
+    assert len(differing) <= 2 and all(NUMBER.sub("#", a) == NUMBER.sub("#", b) for a, b in differing) and "papermill" not in notebook      # only what was measured differs
     nb = nbformat.read(path, 4); nb.cells[-1]["source"] += "\n# another thought"; nbformat.write(nb, path)
     changed = project.run("trial")["trial"]
     assert changed.status == "ok" and changed.run_id != first.run_id and len(list_runs(project.reports)) == 2
@@ -127,16 +128,14 @@ READ = 'print(sorted(run.upstream()))\nrun.finish(None, claim("data", "runs", "a
 def test_what_comes_after_reads_what_landed(project):
     project.experiment("one"); project.experiment("two", 'if not Path(os.environ["CLINLLM_ROOT"], "mended").exists(): raise ValueError("on purpose")\n' + FINISH)
     project.experiment("last", READ, "- after: one, two")
-    first = project.run()
-    assert {n: j.status for n, j in first.items()} == {"one": "ok", "two": "failed", "last": "ok"}
-    assert read_manifest(first["last"].folder)["upstream"] == [first["one"].run_id]
-    failed = read_manifest(project.reports / "two" / first["two"].run_id)
-    assert failed["status"] == "failed" and failed["error"] == "ValueError: on purpose" and "on purpose" in (failed["folder"] / "notebook.ipynb").read_text()
-    assert nbformat.read(failed["folder"] / "notebook.ipynb", 4).cells[0]["source"].startswith("# two")      # no banner before the title
     done = project.clinllm("run"); assert done.returncode == 1 and "on purpose" in done.stdout and "Traceback" not in done.stderr
+    first = {r["experiment"]: r for r in list_runs(project.reports)}; failed = first["two"]
+    assert {n: r["status"] for n, r in first.items()} == {"one": "ok", "two": "failed", "last": "ok"} and first["last"]["upstream"] == [first["one"]["run_id"]]
+    assert failed["error"] == "ValueError: on purpose" and "on purpose" in (failed["folder"] / "notebook.ipynb").read_text()
+    assert nbformat.read(failed["folder"] / "notebook.ipynb", 4).cells[0]["source"].startswith("# two")      # no banner before the title
     (project.root / "mended").touch(); second = project.run()
-    assert {n: j.status for n, j in second.items()} == {"one": "up to date", "two": "ok", "last": "ok"} and second["last"].run_id != first["last"].run_id
-    assert read_manifest(project.reports / "two" / first["two"].run_id)["status"] == "ok"                    # the failed run was replaced
+    assert {n: j.status for n, j in second.items()} == {"one": "up to date", "two": "ok", "last": "ok"} and second["last"].run_id != first["last"]["run_id"]
+    assert read_manifest(failed["folder"])["status"] == "ok"                                                   # the failed run was replaced
     assert set(read_manifest(second["last"].folder)["upstream"]) == {second["one"].run_id, second["two"].run_id}
 
 def test_nothing_to_read_is_skipped_with_the_next_step(project):
