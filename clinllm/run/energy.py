@@ -19,13 +19,13 @@ class Energy(NamedTuple):
     basis: str          # "measured (RAPL)", "measured (NVML)", "estimated (TDP)" or "none: " and the reason
     seconds: float      # wall time, seconds
 
-# %% ../../nbs/run/energy.ipynb #2c8a3c35
+# %% ../../nbs/run/energy.ipynb #b0480876
 RAM_WATTS = 5.0     # power ascribed to memory, watts
 
 def _tracker():
     "codecarbon's offline meter: no file, no socket, no message"
-    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     from codecarbon import OfflineEmissionsTracker
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)      # it greets before it reads `log_level`
     return OfflineEmissionsTracker(country_iso_code="USA", tracking_mode="process", force_ram_power=RAM_WATTS, save_to_file=False, save_to_api=False,
                                    log_level="critical", allow_multiple_runs=True)
 

@@ -154,13 +154,13 @@ def _engine(folder: Path, env: dict):
                 return PapermillNotebookClient(nb_man, kernel_name=kernel_name, timeout=None, startup_timeout=start_timeout, resources={"metadata": {"path": env["CLINLLM_ROOT"]}}).execute(env=env, stderr=log)
     return RunEngine
 
-# %% ../../nbs/run/runner.ipynb #6ba5aca2
+# %% ../../nbs/run/runner.ipynb #647017c8
 def _papermill(spec: dict, folder: Path) -> str:
     "Execute the notebook into `folder`; the error, or an empty text"
     import papermill
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
-    env = {**os.environ, "CLINLLM_RUN_DIR": str(folder), "CLINLLM_ROOT": spec["root"], "CLINLLM_REPORTS": spec["reports"], "PYTHONHASHSEED": "0"}
+    env = {**os.environ, "CLINLLM_RUN_DIR": str(folder), "CLINLLM_ROOT": spec["root"], "CLINLLM_REPORTS": spec["reports"], "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore:IProgress not found"}
     papermill_engines.register(f"clinllm-{spec['run_id']}", _engine(folder, env))
     try: papermill.execute_notebook(spec["notebook"], str(folder / "notebook.ipynb"), spec["params"], engine_name=f"clinllm-{spec['run_id']}", kernel_name="python3", progress_bar=False)
     except PapermillExecutionError as e: return f"{e.ename}: {e.evalue}"

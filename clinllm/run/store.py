@@ -81,7 +81,7 @@ def data_fingerprint(values: dict,      # an experiment's resolved parameters
     if source not in NAMED and (folder := source_folder(source, settings.root)): source = folder_fingerprint(folder, settings.cache)
     return short_hash([source, seed, task])     # the seed draws the splits
 
-# %% ../../nbs/run/store.ipynb #8ce8604b
+# %% ../../nbs/run/store.ipynb #5366f0e4
 def model_fingerprint(settings,     # the study's `Settings`
                       ) -> str:     # a hash that changes when the model does, without loading it
     "Hash what decides on the model: a folder's content, the commit of a Hugging Face id, or a name"
@@ -90,12 +90,13 @@ def model_fingerprint(settings,     # the study's `Settings`
     return short_hash([name, _commit(name, revision) if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else revision])
 
 def _commit(name: str, revision: str) -> str:
-    "The commit of a Hugging Face id in the local cache; the revision as written where it is not there"
-    from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(name, revision=revision or None, local_files_only=True)).name
-    except Exception: return revision       # opening the model says what is missing and what to do
+    "The commit of a Hugging Face id in the local cache; empty where it is not there"
+    from huggingface_hub import constants
+    repo = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"; ref = repo / "refs" / (revision or "main")
+    if ref.is_file(): return ref.read_text().strip()
+    return revision if revision and (repo / "snapshots" / revision).is_dir() else ""
 
-# %% ../../nbs/run/store.ipynb #7d568732
+# %% ../../nbs/run/store.ipynb #78ef420b
 def check_model(settings,       # the study's `Settings`
                 ) -> None:      # silence when `[model] name` can mean a model
     "Refuse a model that is not there, without importing what would load it"
@@ -103,7 +104,7 @@ def check_model(settings,       # the study's `Settings`
     if name == "smollm2-135m-instruct" or name.startswith(("http://", "https://")) or source_folder(name, settings.root): return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise ModelError("settings.ini [model] name: " + unknown_name("model", name, ["smollm2-135m-instruct", "an existing folder with safetensors", "ORG/MODEL in the local Hugging Face cache", "http://127.0.0.1:8000/v1#MODEL"]))
-    if not _commit(name, ""): raise ModelError(f"settings.ini [model] name: {name} is neither an existing folder nor in the local Hugging Face cache. Where there is a network run: hf download {name}; then copy the cache here.")
+    if not _commit(name, settings["model"]["revision"]): raise ModelError(f"settings.ini [model] name: {name} is neither an existing folder nor in the local Hugging Face cache. Where there is a network run: hf download {name}; then copy the cache here.")
 
 # %% ../../nbs/run/store.ipynb #1c2e989f
 def run_id(experiment: str,         # the experiment's name
