@@ -99,10 +99,10 @@ def load_parts(folder,                    # a folder of safetensors
     except Exception as e:
         raise ModelError(f"transformers cannot open {folder} without remote code: {type(e).__name__}: {str(e).splitlines()[0][:200]}. Is the folder complete, and of an architecture that transformers knows?") from None
 
-# %% ../../nbs/models/local.ipynb #a455b584
+# %% ../../nbs/models/local.ipynb #cd47ece6
 class LocalModel:
     "A causal language model of transformers in this process"
-    min_prefix = 64     # tokens that all prompts must share at their start before the shared part is computed only once
+    min_prefix = 24     # tokens that all prompts must share at their start before the shared part is computed only once
 
     def __init__(self, folder,                      # a folder of safetensors
                  batch_size: int = 8,               # prompts computed at once, ≥ 1
@@ -185,7 +185,7 @@ def _fitting(self: LocalModel, rows: list, room: int, on_error: str) -> list:
                          "Render it with a smaller token budget, or pass on_error='nan' to leave such rows missing.")
     return sorted(set(range(len(rows))) - set(long))
 
-# %% ../../nbs/models/local.ipynb #42bb3bc0
+# %% ../../nbs/models/local.ipynb #4e1ae446
 def shared_prefix(rows: list,    # token ids of each prompt, none empty
                   ) -> int:      # tokens that all rows begin with; at least one token of each row is left over
     "Length of the beginning that all rows share"
@@ -197,9 +197,10 @@ def shared_prefix(rows: list,    # token ids of each prompt, none empty
 @contextmanager
 def _inference(self: LocalModel):
     "No gradients, no dropout, and the layers in the chosen precision; afterwards the model is as it was"
+    # no_grad, not inference_mode: only then does autocast keep the bfloat16 weights from batch to batch
     training = self.model.training; self.model.eval()
     try:
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"): yield
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"): yield
     finally: self.model.train(training)
 
 @patch
