@@ -43,49 +43,59 @@ WRITTEN = dict(yes=0.97, no=0.50)               # share of true, and of untrue, 
 SITES = dict(North=dict(share=0.45, written=1.0), Lake=dict(share=0.35, written=1.0), Hill=dict(share=0.20, written=0.90))
 LANGUAGES = dict(English=dict(written=1.0, short=0.10), Spanish=dict(written=0.60, short=0.70), Other=dict(written=0.60, short=0.70))
 
-# %% ../../nbs/ehr/hospital.ipynb #eed685eb
+# %% ../../nbs/ehr/hospital.ipynb #f68248a3
 EICU = dict(
     credit="Marginals from the eICU Collaborative Research Database Demo v2.0.1 (PhysioNet, ODbL 1.0)",
     age={0: 18, .05: 28, .1: 36, .25: 53, .5: 66, .75: 77, .9: 84, .95: 89, 1: 97},        # quantile: years (over 89 is one group there)
     female=0.40, died=0.084, log_los=(1.39, 0.99),                                          # proportion; proportion; mean and sd of log days
     race={"White": .798, "Black": .092, "Hispanic": .046, "Asian": .012, "Native American": .005, "Other": .047},
-    labs={"haemoglobin": (11.1, 2.27), "sodium": (137.9, 5.87), "log_creatinine": (0.14, 0.66), "log_wbc": (2.29, 0.64), "log_urea": (3.03, 0.67), "log_glucose": (4.95, 0.53)},
-    history={"hypertension": .52, "heart_failure": .15, "copd": .17, "diabetes": .30, "atrial_fibrillation": .11, "kidney_disease": .13, "coronary_disease": .19,
+    labs={"haemoglobin": (11.1, 2.27), "sodium": (137.9, 5.87), "log_creatinine": (0.14, 0.66), "log_wbc": (2.29, 0.64), "log_urea": (3.03, 0.67),
+          "log_glucose": (4.95, 0.53)},
+    history={"hypertension": .52, "heart_failure": .15, "copd": .17, "diabetes": .30, "atrial_fibrillation": .11, "kidney_disease": .13,
+             "coronary_disease": .19,
              "dementia": .03, "stroke_history": .09, "hypothyroidism": .09, "cancer": .13})
 
-# %% ../../nbs/ehr/hospital.ipynb #ca22992d
-CHRONIC_CODES = dict(hypertension="I10", heart_failure="I50.9", copd="J44.9", diabetes="E11.9", atrial_fibrillation="I48.91", kidney_disease="N18.30", coronary_disease="I25.10",
+# %% ../../nbs/ehr/hospital.ipynb #431b3758
+CHRONIC_CODES = dict(hypertension="I10", heart_failure="I50.9", copd="J44.9", diabetes="E11.9", atrial_fibrillation="I48.91", kidney_disease="N18.30",
+                     coronary_disease="I25.10",
                      dementia="F03.90", stroke_history="Z86.73", hypothyroidism="E03.9", cancer="Z85.9")
 REASONS = {                                        # reason: (ICD-10-CM code, share among unplanned stays, chronic condition that it implies)
-    "sepsis": ("A41.9", .25, None), "pneumonia": ("J18.9", .09, None), "heart failure": ("I50.23", .09, "heart_failure"), "COPD": ("J44.1", .06, "copd"), "atrial fibrillation": ("I48.91", .06, "atrial_fibrillation"),
-    "myocardial infarction": ("I21.4", .08, "coronary_disease"), "stroke": ("I63.9", .05, None), "GI bleed": ("K92.2", .10, None), "kidney injury": ("N17.9", .03, None),
+    "sepsis": ("A41.9", .25, None), "pneumonia": ("J18.9", .09, None), "heart failure": ("I50.23", .09, "heart_failure"),
+    "COPD": ("J44.1", .06, "copd"), "atrial fibrillation": ("I48.91", .06, "atrial_fibrillation"),
+    "myocardial infarction": ("I21.4", .08, "coronary_disease"), "stroke": ("I63.9", .05, None), "GI bleed": ("K92.2", .10, None),
+    "kidney injury": ("N17.9", .03, None),
     "ketoacidosis": ("E11.10", .11, "diabetes"), "urinary infection": ("N39.0", .06, None), "cellulitis": ("L03.90", .02, None),
     "planned bypass": ("I25.10", 0, "coronary_disease"), "planned joint": ("M17.11", 0, None), "planned resection": ("K63.5", 0, None)}
 PLANNED = tuple(r for r in REASONS if r.startswith("planned"))
-DRUGS = ["acetaminophen", "furosemide", "metoprolol", "pantoprazole", "insulin glargine", "heparin", "atorvastatin", "aspirin", "lisinopril", "ondansetron", "albuterol", "prednisone", "ceftriaxone",
-         "vancomycin", "potassium chloride", "amlodipine", "gabapentin", "apixaban", "levothyroxine", "metformin", "morphine", "lorazepam", "senna", "tamsulosin", "magnesium sulfate", "clopidogrel"]
+DRUGS = ["acetaminophen", "furosemide", "metoprolol", "pantoprazole", "insulin glargine", "heparin", "atorvastatin", "aspirin", "lisinopril",
+         "ondansetron", "albuterol", "prednisone", "ceftriaxone",
+         "vancomycin", "potassium chloride", "amlodipine", "gabapentin", "apixaban", "levothyroxine", "metformin", "morphine", "lorazepam", "senna",
+         "tamsulosin", "magnesium sulfate", "clopidogrel"]
 
-# %% ../../nbs/ehr/hospital.ipynb #77fb0289
+# %% ../../nbs/ehr/hospital.ipynb #7c3c275a
 def _choose(rng, shares: dict, n: int): return rng.choice(list(shares), n, p=np.array(list(shares.values())) / sum(shares.values()))
 
 def _language(rng, race):
     "Language, dependent on race and ethnicity (our choice; eICU does not record it)"
     u, other = rng.random(len(race)), np.select([race == "Asian", race == "Other", race == "White"], [.5, .35, .15], .05)
-    return np.where(race == "Hispanic", np.where(u < .65, "Spanish", "English"), np.where(u < other * .6, "Other", np.where(u < other, "Spanish", "English")))
+    rest = np.where(u < other * .6, "Other", np.where(u < other, "Spanish", "English"))
+    return np.where(race == "Hispanic", np.where(u < .65, "Spanish", "English"), rest)
 
-# %% ../../nbs/ehr/hospital.ipynb #0efb6d9a
+# %% ../../nbs/ehr/hospital.ipynb #a88845c8
 def draw_patients(n: int, rng) -> pd.DataFrame:
     "One row per patient: person, chronic conditions, facts, site and the day of the first admission (days since 2022-01-01)"
     race, age = _choose(rng, EICU["race"], n), np.interp(rng.random(n), list(EICU["age"]), list(EICU["age"].values()))
     older, u = age >= 65, rng.random(n)
-    p = pd.DataFrame(dict(subject_id=100_001 + np.arange(n), sex=np.where(rng.random(n) < EICU["female"], "Female", "Male"), race_ethnicity=race, language=_language(rng, race),
-        insurance=np.where(older, np.where(u < .85, "Medicare", np.where(u < .93, "Medicaid", "Private")), np.where(u < .30, "Medicaid", np.where(u < .92, "Private", "Self-pay"))),
+    p = pd.DataFrame(dict(subject_id=100_001 + np.arange(n), sex=np.where(rng.random(n) < EICU["female"], "Female", "Male"), race_ethnicity=race,
+                          language=_language(rng, race),
+        insurance=np.where(older, np.where(u < .85, "Medicare", np.where(u < .93, "Medicaid", "Private")),
+                           np.where(u < .30, "Medicaid", np.where(u < .92, "Private", "Self-pay"))),
         site=_choose(rng, {s: v["share"] for s, v in SITES.items()}, n), age_at_first=age, first_admit=rng.uniform(0, 900, n)))
     for name, share in EICU["history"].items(): p[name] = rng.random(n) < share * np.clip(.4 + (age - 18) / 75, 0, 1.3)
     for fact, share in FACT_PREVALENCE.items(): p[fact] = rng.random(n) < share
     return p
 
-# %% ../../nbs/ehr/hospital.ipynb #c979e9f2
+# %% ../../nbs/ehr/hospital.ipynb #c6739411
 NORMAL = dict(haemoglobin=12.5, sodium=139., creatinine=0.9, wbc=7.5, urea=15., glucose=110., potassium=4.2)
 DECIMALS = dict(haemoglobin=1, sodium=0, creatinine=2, wbc=1, urea=0, glucose=0, potassium=1)
 UNITS = dict(haemoglobin="g/dL", sodium="mmol/L", creatinine="mg/dL", wbc="10*3/uL", urea="mg/dL", glucose="mg/dL", potassium="mmol/L")
@@ -94,15 +104,17 @@ def draw_labs(s: pd.DataFrame, rng) -> None:
     "Add each laboratory value at the first (`*_first`) and the last measurement of the stay, rounded as a laboratory reports it"
     ckd, z = s["kidney_disease"].to_numpy(), rng.standard_normal((8, len(s)))
     (hb, hb_sd), (na, na_sd) = EICU["labs"]["haemoglobin"], EICU["labs"]["sodium"]
-    logs = {name: np.exp(np.clip(m + sd * z[2 + i], m - 2.3 * sd, m + 2.5 * sd)) for i, (name, (m, sd)) in enumerate((k[4:], v) for k, v in EICU["labs"].items() if k.startswith("log_"))}
-    first = dict(logs, haemoglobin=np.clip(hb + .32 - .8 * (s["sex"] == "Female") + hb_sd * z[0], 5, 17), sodium=np.clip(na + na_sd * z[1], 118, 156), potassium=np.clip(4.2 + .6 * z[6], 2.6, 6.5))
+    skewed = [(k[4:], *v) for k, v in EICU["labs"].items() if k.startswith("log_")]
+    logs = {name: np.exp(np.clip(m + sd * z[2 + i], m - 2.3 * sd, m + 2.5 * sd)) for i, (name, m, sd) in enumerate(skewed)}
+    first = dict(logs, haemoglobin=np.clip(hb + .32 - .8 * (s["sex"] == "Female") + hb_sd * z[0], 5, 17), sodium=np.clip(na + na_sd * z[1], 118, 156),
+                 potassium=np.clip(4.2 + .6 * z[6], 2.6, 6.5))
     first["creatinine"] = first["creatinine"] * np.where(ckd, 1.6, .93)
     for lab, value in first.items():
         back = rng.uniform(.15, .55, len(s)); last = value + back * (NORMAL[lab] * np.where(ckd & (lab == "creatinine"), 1.8, 1) - value)
         last = last * (1 + rng.normal(0, .012 if lab == "sodium" else .04, len(s)))
         s[lab + "_first"], s[lab] = np.round(value, DECIMALS[lab]), np.round(last, DECIMALS[lab])
 
-# %% ../../nbs/ehr/hospital.ipynb #cd8532c7
+# %% ../../nbs/ehr/hospital.ipynb #3e270cf6
 def draw_stays(p: pd.DataFrame, admit, kind, rng) -> pd.DataFrame:
     "One stay per row of `p`: `admit` in days since 2022-01-01, `kind` EMERGENCY, URGENT or ELECTIVE"
     s, n = p.copy(), len(p)
@@ -113,20 +125,23 @@ def draw_stays(p: pd.DataFrame, admit, kind, rng) -> pd.DataFrame:
     m, sd = EICU["log_los"]
     s["los"] = np.clip(np.exp(rng.normal(m, sd, n) + .12 * (s["age"] > 75) - .04), .5, 30.0)
     draw_labs(s, rng)
-    s["heart_rate_first"] = np.clip(np.round(rng.normal(98, 19, n)), 45, 170); s["heart_rate"] = np.clip(np.round(60 + .26 * s["heart_rate_first"] + rng.normal(0, 12, n)), 45, 140)
+    s["heart_rate_first"] = np.clip(np.round(rng.normal(98, 19, n)), 45, 170)
+    s["heart_rate"] = np.clip(np.round(60 + .26 * s["heart_rate_first"] + rng.normal(0, 12, n)), 45, 140)
     s["n_drugs"] = np.clip(rng.poisson(6.5 + 2.5 * s["heart_failure"] + 1.5 * s["diabetes"] + 1.5 * s["copd"] + s["hypertension"]), 2, 24)
     for fact, share in FACT_PREVALENCE.items(): s[fact] = np.where(rng.random(n) < .25, rng.random(n) < share, s[fact])
     u, old = rng.random(n), s["age"] > 70
     s["disposition"] = np.select([u < .62 - .15 * old, u < .84, u < .92, u < .94, u < .96], ["HOME", "SNF", "REHAB", "HOSPICE", "AMA"], "OTHER")
-    died = rng.random(n) < 1.22 * EICU["died"] * np.exp((s["age"] - 66) / 30) * np.where(s["reason"] == "sepsis", 1.5, np.where(kind == "ELECTIVE", 0, 1.0)) / 1.15
+    danger = np.select([kind == "ELECTIVE", s["reason"] == "sepsis"], [0, 1.5], 1.0)        # nobody dies in a planned stay
+    died = rng.random(n) < 1.061 * EICU["died"] * np.exp((s["age"] - 66) / 30) * danger
     s.loc[died, "disposition"] = "EXPIRED"
     return s
 
-# %% ../../nbs/ehr/hospital.ipynb #83c9aba9
+# %% ../../nbs/ehr/hospital.ipynb #5d514645
 def covariates(s: pd.DataFrame,     # stays
                ) -> pd.DataFrame:   # the columns of `TABLE_TERMS`, in their units
     "The covariates of the outcome equation"
-    derived = dict(log2_los=np.log2(s["los"]), log2_creatinine=np.log2(s["creatinine"]), medicaid=s["insurance"] == "Medicaid", site_lake=s["site"] == "Lake", site_hill=s["site"] == "Hill")
+    derived = dict(log2_los=np.log2(s["los"]), log2_creatinine=np.log2(s["creatinine"]), medicaid=s["insurance"] == "Medicaid",
+                   site_lake=s["site"] == "Lake", site_hill=s["site"] == "Hill")
     return pd.DataFrame({c: derived.get(c, s.get(c)) for c in TABLE_TERMS}, index=s.index).astype(float)
 
 def outcome_logit(s: pd.DataFrame) -> tuple:
@@ -135,10 +150,11 @@ def outcome_logit(s: pd.DataFrame) -> tuple:
     tables = INTERCEPT + sum(b * (x[c] - m) / d for c, (m, d, b) in TABLE_TERMS.items())
     return tables.to_numpy(), sum(g * s[f].to_numpy(float) for f, g in FACT_TERMS.items())
 
-# %% ../../nbs/ehr/hospital.ipynb #8ee5cf3d
+# %% ../../nbs/ehr/hospital.ipynb #86810d85
 def _share_written(s: pd.DataFrame):
     "How much less often than in North and English a fact is written, (n,)"
-    return s["site"].map({k: v["written"] for k, v in SITES.items()}).to_numpy(float) * s["language"].map({k: v["written"] for k, v in LANGUAGES.items()}).to_numpy(float)
+    look = lambda column, table: s[column].map({k: v["written"] for k, v in table.items()}).to_numpy(float)
+    return look("site", SITES) * look("language", LANGUAGES)
 
 def draw_documentation(s: pd.DataFrame, rng) -> None:
     "Add which facts the note states, and whether it is short"
@@ -153,7 +169,7 @@ def written_logit(s: pd.DataFrame) -> np.ndarray:
         total += g * np.where(s[fact + "_written"], s[fact].to_numpy(float), yes / (yes + no))
     return total
 
-# %% ../../nbs/ehr/hospital.ipynb #6709cc02
+# %% ../../nbs/ehr/hospital.ipynb #f28e2072
 LAST_DAY, LAST_START = 1095.9, 970.0        # end of 2024 and the last day on which a new course of illness begins, in days since 2022-01-01
 
 def draw_next(s: pd.DataFrame, closed_until, rng) -> pd.DataFrame:
@@ -166,12 +182,14 @@ def draw_next(s: pd.DataFrame, closed_until, rng) -> pd.DataFrame:
     kind = np.where(back, "EMERGENCY", np.where(u < .04, "ELECTIVE", rng.choice(["EMERGENCY", "URGENT", "ELECTIVE"], n, p=[.6, .15, .25])))
     admit = out + np.where(back, gap, np.where(u < .04, planned, late))
     goes_on = alive & ~ends & (back | ((u < .36) & (admit < LAST_START)))
-    stop = np.maximum(out + rng.uniform(1, 29, n), closed_until + .05); later = np.where(alive & ~ends & ~goes_on & (rng.random(n) < .03), out + rng.uniform(40, 300, n), np.nan)
+    stop = np.maximum(out + rng.uniform(1, 29, n), closed_until + .05)
+    later = np.where(alive & ~ends & ~goes_on & (rng.random(n) < .03), out + rng.uniform(40, 300, n), np.nan)
     died_at = np.select([~alive, dies, later < LAST_DAY], [out, stop, later], np.nan)
     end = np.select([~np.isnan(died_at), ends], [died_at, stop], LAST_DAY)
-    return s.assign(readmitted=back & alive, observed=alive & ~ends, end=end, died_at=died_at, next_admit=np.where(goes_on, admit, np.nan), next_kind=kind, closes=np.where(back, closed_until, out + 30))
+    return s.assign(readmitted=back & alive, observed=alive & ~ends, end=end, died_at=died_at, next_admit=np.where(goes_on, admit, np.nan),
+                    next_kind=kind, closes=np.where(back, closed_until, out + 30))
 
-# %% ../../nbs/ehr/hospital.ipynb #14c06c69
+# %% ../../nbs/ehr/hospital.ipynb #017a687d
 def simulate(patients: pd.DataFrame, rng, max_stays: int = 40) -> pd.DataFrame:
     "All stays of all patients, with truth, in order of patient and time"
     n = len(patients); p, rounds = patients, []
@@ -183,7 +201,8 @@ def simulate(patients: pd.DataFrame, rng, max_stays: int = 40) -> pd.DataFrame:
         s["logit_tables"], s["logit_facts"] = outcome_logit(s); s["p_true"] = 1 / (1 + np.exp(-s["logit_tables"] - s["logit_facts"]))
         draw_documentation(s, rng); s["logit_notes"] = written_logit(s)
         s = draw_next(s, closed, rng); rounds.append(s)
-        p = s[s["next_admit"].notna()]; admit, kind, closed = p["next_admit"].to_numpy(), p["next_kind"].to_numpy().astype(str), p["closes"].to_numpy()
+        p = s[s["next_admit"].notna()]
+        admit, kind, closed = p["next_admit"].to_numpy(), p["next_kind"].to_numpy().astype(str), p["closes"].to_numpy()
         if not len(p): break
         p = p[patients.columns]
     s = pd.concat(rounds, ignore_index=True).sort_values(["subject_id", "admit"], ignore_index=True)
@@ -200,60 +219,74 @@ def draw_splits(s: pd.DataFrame, rng, validation: float, test: float) -> pd.Seri
         split[who[:n_test]] = "test"; split[who[n_test:n_test + n_val]] = "validation"
     return split
 
-# %% ../../nbs/ehr/hospital.ipynb #bdf08696
+# %% ../../nbs/ehr/hospital.ipynb #2086be1c
 def _events(subject, time, code, hadm=None, number=None, text=None) -> pl.DataFrame:
     "A block of events; scalars are repeated"
-    n = len(subject); col = lambda v, t: pl.Series(np.full(n, v) if isinstance(v, str) else np.asarray(v), dtype=t) if v is not None else pl.Series([None] * n, dtype=t)
-    return pl.DataFrame(dict(subject_id=col(subject, pl.Int64), time=col(time, pl.Datetime("us")), code=col(code, pl.String), numeric_value=col(number, pl.Float32),
+    n = len(subject)
+    col = lambda v, t: pl.Series(np.full(n, v) if isinstance(v, str) else np.asarray(v), dtype=t) if v is not None else pl.Series([None] * n, dtype=t)
+    return pl.DataFrame(dict(subject_id=col(subject, pl.Int64), time=col(time, pl.Datetime("us")), code=col(code, pl.String),
+                             numeric_value=col(number, pl.Float32),
                              text_value=pl.Series(text, dtype=pl.String) if text is not None else col(None, pl.String), hadm_id=col(hadm, pl.Int64)))
 
 def _prefix(prefix: str, values) -> list: return [f"{prefix}//{v}" for v in values]
 
-# %% ../../nbs/ehr/hospital.ipynb #0e99e04a
+# %% ../../nbs/ehr/hospital.ipynb #2f8f7dba
 def person_events(p: pd.DataFrame, s: pd.DataFrame) -> list:
     "Birth, death, end of follow-up and what does not change"
     last = s.groupby("subject_id", sort=True).tail(1); end = _time(last["end"]); dead = last["died_at"].notna().to_numpy()
-    birth = (pd.Timestamp("2022-01-01") + pd.to_timedelta(np.round((p["first_admit"] - p["age_at_first"] * 365.25)), unit="D")).to_numpy().astype("datetime64[us]")
+    birth = (pd.Timestamp("2022-01-01") + pd.to_timedelta(np.round((p["first_admit"] - p["age_at_first"] * 365.25)),
+                                                          unit="D")).to_numpy().astype("datetime64[us]")
     static = [_events(p["subject_id"], None, _prefix(k, p[c])) for k, c in (("GENDER", "sex"), ("RACE", "race_ethnicity"), ("LANGUAGE", "language"))]
-    return [*static, _events(p["subject_id"], birth, "MEDS_BIRTH"), _events(last["subject_id"][dead], _time(last["died_at"][dead]), "MEDS_DEATH"), _events(last["subject_id"], end, "END_OF_FOLLOWUP")]
+    return [*static, _events(p["subject_id"], birth, "MEDS_BIRTH"), _events(last["subject_id"][dead], _time(last["died_at"][dead]), "MEDS_DEATH"),
+            _events(last["subject_id"], end, "END_OF_FOLLOWUP")]
 
 def stay_events(s: pd.DataFrame) -> tuple:
     "Blocks at admission, and blocks at discharge"
     who, hadm = s["subject_id"], s["hadm_id"]
-    first = [_events(who, s["admit"], codes, hadm) for codes in (_prefix("HOSPITAL_ADMISSION", s["kind"]), _prefix("SITE", s["site"]), _prefix("INSURANCE", s["insurance"]))]
+    kinds = (("HOSPITAL_ADMISSION", "kind"), ("SITE", "site"), ("INSURANCE", "insurance"))
+    first = [_events(who, s["admit"], _prefix(k, s[c]), hadm) for k, c in kinds]
     first.append(_events(who, s["admit"], _prefix("DIAGNOSIS//ICD10CM", s["reason"].map({r: c for r, (c, _, _) in REASONS.items()})), hadm))
     for name, code in CHRONIC_CODES.items():
         has = s[s[name].astype(bool)]
         first.append(_events(has["subject_id"], has["admit"], f"DIAGNOSIS//ICD10CM//{code}", has["hadm_id"]))
     return first, [_events(who, s["discharge"], _prefix("HOSPITAL_DISCHARGE", s["disposition"]), hadm)]
 
-# %% ../../nbs/ehr/hospital.ipynb #31e6582f
+# %% ../../nbs/ehr/hospital.ipynb #1a664dce
 def measurement_events(s: pd.DataFrame, rng) -> list:
     "Laboratory values and vital signs, two to five times in a stay"
-    n, times = len(s), np.clip(1 + np.ceil(s["los"].to_numpy() / 2), 2, 5).astype(int); stay, k = np.repeat(np.arange(n), times), np.concatenate([np.arange(t) for t in times])
+    n, times = len(s), np.clip(1 + np.ceil(s["los"].to_numpy() / 2), 2, 5).astype(int)
+    stay, k = np.repeat(np.arange(n), times), np.concatenate([np.arange(t) for t in times])
     share = k / (times[stay] - 1); when = _time(s["admit_day"].to_numpy()[stay] + s["los"].to_numpy()[stay] * (.03 + .92 * share)); blocks = []
-    s = s.assign(systolic_bp_first=np.round(rng.normal(128, 22, n)), systolic_bp=np.round(rng.normal(126, 16, n)), respiratory_rate_first=np.round(rng.normal(21, 4, n)), respiratory_rate=np.round(rng.normal(17, 2, n)),
-                 temperature_first=np.round(rng.normal(37.1, .7, n), 1), temperature=np.round(rng.normal(36.8, .3, n), 1), oxygen_saturation_first=np.round(np.clip(rng.normal(94, 3, n), 75, 100)), oxygen_saturation=np.round(np.clip(rng.normal(96, 2, n), 85, 100)))
-    vitals = dict(heart_rate=("bpm", 0), systolic_bp=("mmHg", 0), respiratory_rate=("breaths/min", 0), temperature=("Cel", 1), oxygen_saturation=("%", 0))
-    for kind, name, unit, digits in [*(("LAB", lab, UNITS[lab], DECIMALS[lab]) for lab in UNITS), *(("VITAL", v, u, d) for v, (u, d) in vitals.items())]:
+    s = s.assign(systolic_bp_first=np.round(rng.normal(128, 22, n)), systolic_bp=np.round(rng.normal(126, 16, n)),
+                 respiratory_rate_first=np.round(rng.normal(21, 4, n)), respiratory_rate=np.round(rng.normal(17, 2, n)),
+                 temperature_first=np.round(rng.normal(37.1, .7, n), 1), temperature=np.round(rng.normal(36.8, .3, n), 1),
+                 oxygen_saturation_first=np.round(np.clip(rng.normal(94, 3, n), 75, 100)),
+                 oxygen_saturation=np.round(np.clip(rng.normal(96, 2, n), 85, 100)))
+    vitals = dict(heart_rate=("bpm", 0), systolic_bp=("mmHg", 0), respiratory_rate=("breaths/min", 0), temperature=("Cel", 1),
+                  oxygen_saturation=("%", 0))
+    for kind, name, unit, digits in [*(("LAB", lab, UNITS[lab], DECIMALS[lab]) for lab in UNITS),
+                                     *(("VITAL", v, u, d) for v, (u, d) in vitals.items())]:
         a, b = s[name + "_first"].to_numpy()[stay], s[name].to_numpy()[stay]
         middle = (share > 0) & (share < 1); value = a + (b - a) * share + np.where(middle, rng.standard_normal(len(stay)) * .02 * np.abs(a), 0)
         keep = (~middle | (rng.random(len(stay)) < .8)) if name not in ("glucose", "urea") else rng.random(len(stay)) < .7
-        blocks.append(_events(s["subject_id"].to_numpy()[stay][keep], when[keep], f"{kind}//{name}//{unit}", s["hadm_id"].to_numpy()[stay][keep], np.round(value, digits)[keep]))
+        blocks.append(_events(s["subject_id"].to_numpy()[stay][keep], when[keep], f"{kind}//{name}//{unit}", s["hadm_id"].to_numpy()[stay][keep],
+                              np.round(value, digits)[keep]))
     return blocks
 
-# %% ../../nbs/ehr/hospital.ipynb #4be08f74
+# %% ../../nbs/ehr/hospital.ipynb #4084c256
 def drug_events(s: pd.DataFrame, rng) -> list:
     "Exactly `n_drugs` different drugs per stay; those for the patient's conditions come first"
-    likely = {"furosemide": "heart_failure", "metoprolol": "atrial_fibrillation", "apixaban": "atrial_fibrillation", "albuterol": "copd", "prednisone": "copd", "insulin glargine": "diabetes", "metformin": "diabetes",
-              "lisinopril": "hypertension", "amlodipine": "hypertension", "aspirin": "coronary_disease", "atorvastatin": "coronary_disease", "clopidogrel": "coronary_disease", "levothyroxine": "hypothyroidism"}
+    likely = {"furosemide": "heart_failure", "metoprolol": "atrial_fibrillation", "apixaban": "atrial_fibrillation", "albuterol": "copd",
+              "prednisone": "copd", "insulin glargine": "diabetes", "metformin": "diabetes",
+              "lisinopril": "hypertension", "amlodipine": "hypertension", "aspirin": "coronary_disease", "atorvastatin": "coronary_disease",
+              "clopidogrel": "coronary_disease", "levothyroxine": "hypothyroidism"}
     rank = rng.random((len(s), len(DRUGS))) + np.linspace(.3, 0, len(DRUGS))
     for drug, condition in likely.items(): rank[:, DRUGS.index(drug)] += np.where(s[condition].astype(bool), .5, -.35)
     order = np.argsort(-rank, axis=1); stay, k = np.nonzero(np.arange(len(DRUGS)) < s["n_drugs"].to_numpy()[:, None])
     when = _time(s["admit_day"].to_numpy()[stay] + np.minimum(s["los"].to_numpy()[stay] * .9, rng.uniform(.02, 1.5, len(stay))))
     return [_events(s["subject_id"].to_numpy()[stay], when, _prefix("MEDICATION", np.array(DRUGS)[order[stay, k]]), s["hadm_id"].to_numpy()[stay])]
 
-# %% ../../nbs/ehr/hospital.ipynb #39f79906
+# %% ../../nbs/ehr/hospital.ipynb #92bc5ce4
 @dataclass(frozen=True, repr=False)
 class Hospital:
     "A synthetic hospital and what is true of it"
@@ -262,19 +295,22 @@ class Hospital:
     spans: pd.DataFrame     # planted identifiers: subject_id, hadm_id, start, end (exclusive), phi_class, text
     stays: pd.DataFrame     # one row per stay, also of those who died
 
-    def __repr__(self): return f"Hospital({self.stays['subject_id'].nunique():,} patients, {len(self.stays):,} stays, {len(self.truth):,} discharged alive, {len(self.spans):,} planted identifiers)"
+    def __repr__(self): return (f"Hospital({self.stays['subject_id'].nunique():,} patients, {len(self.stays):,} stays, "
+                                f"{len(self.truth):,} discharged alive, {len(self.spans):,} planted identifiers)")
 
-# %% ../../nbs/ehr/hospital.ipynb #acec1863
+# %% ../../nbs/ehr/hospital.ipynb #7da94dc9
 VERSION = "1"       # raise it when the same seed makes other patients
 
 def _truth(s: pd.DataFrame) -> pd.DataFrame:
     "One row per discharge alive"
     s = s[s["disposition"] != "EXPIRED"]; x = covariates(s)
-    keys = ["subject_id", "hadm_id", "split", "sex", "race_ethnicity", "language", "insurance", "site", "disposition", "p_true", "logit_tables", "logit_facts", "logit_notes", "readmitted", "observed"]
+    keys = ["subject_id", "hadm_id", "split", "sex", "race_ethnicity", "language", "insurance", "site", "disposition", "p_true", "logit_tables",
+            "logit_facts", "logit_notes", "readmitted", "observed"]
     more = [*FACTS, *(f + "_written" for f in FACTS)]
-    return pd.concat([s[keys[:2]], s["discharge"].rename("prediction_time"), s[keys[2:]], s[more], x], axis=1).astype({c: bool for c in more}).reset_index(drop=True)
+    return pd.concat([s[keys[:2]], s["discharge"].rename("prediction_time"), s[keys[2:]], s[more], x],
+                     axis=1).astype({c: bool for c in more}).reset_index(drop=True)
 
-# %% ../../nbs/ehr/hospital.ipynb #dd25617b
+# %% ../../nbs/ehr/hospital.ipynb #d7909909
 def make_hospital(n_patients: int = 2000,       # patients, >= 10
                   seed: int = 42,               # seed of every draw, >= 0
                   validation: float = 0.2,      # share of patients in the validation split, in (0, 1)
@@ -282,16 +318,20 @@ def make_hospital(n_patients: int = 2000,       # patients, >= 10
                   ) -> Hospital:                # timeline, truth and spans
     "Make the synthetic hospital; the same arguments make the same hospital"
     if not n_patients >= 10: raise DataError(f"make_hospital: n_patients must be at least 10, got {n_patients!r}.")
-    if not (0 < validation and 0 < test and validation + test < 1): raise DataError(f"make_hospital: validation and test must be above 0 and sum to less than 1, got {validation!r} and {test!r}.")
+    if not (0 < validation and 0 < test and validation + test < 1):
+        raise DataError(f"make_hospital: validation and test must be above 0 and sum to less than 1, got {validation!r} and {test!r}.")
     people, course, measured, prose = np.random.default_rng(seed).spawn(4)
-    p = draw_patients(n_patients, people); s = simulate(p, course); split = draw_splits(s, people, validation, test); s["split"] = s["subject_id"].map(split)
+    p = draw_patients(n_patients, people); s = simulate(p, course); split = draw_splits(s, people, validation, test)
+    s["split"] = s["subject_id"].map(split)
     chronic = s[list(CHRONIC_CODES)].to_numpy(bool); names = np.array(list(CHRONIC_CODES))
     notes, spans = write_notes(s.assign(chronic=[list(names[c]) for c in chronic]), prose)
     first, last = stay_events(s)
-    events = pl.concat([*person_events(p, s), *first, *measurement_events(s, measured), *drug_events(s, measured), *last, _events(s["subject_id"], s["discharge"], "NOTE//discharge_summary", s["hadm_id"], text=notes)])
+    events = pl.concat([*person_events(p, s), *first, *measurement_events(s, measured), *drug_events(s, measured), *last,
+                        _events(s["subject_id"], s["discharge"], "NOTE//discharge_summary", s["hadm_id"], text=notes)])
     mark = hashlib.sha256(f"clinllm-hospital/{VERSION}/{n_patients}/{seed}/{validation}/{test}".encode()).hexdigest()[:16]
     said = ("Invented patients: evidence from them may rehearse a gate and never pass one.", f"seed {seed}, version {VERSION}")
-    timeline = Timeline(events, "synthetic", "synthetic", mark, EICU["credit"], said, pl.DataFrame(dict(subject_id=split.index.to_numpy(), split=split.tolist())))
+    timeline = Timeline(events, "synthetic", "synthetic", mark, EICU["credit"], said, pl.DataFrame(dict(subject_id=split.index.to_numpy(),
+        split=split.tolist())))
     return Hospital(timeline, _truth(s), spans, s)
 
 # %% ../../nbs/ehr/hospital.ipynb #369d4159

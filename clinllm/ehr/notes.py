@@ -16,68 +16,103 @@ __all__ = ['LIVING_ALONE', 'MISSED_FOLLOW_UP', 'NEEDS_HELP', 'MEDICATION_CONFUSI
            'ABBREVIATIONS', 'ABBREVIATE', 'GOES', 'FAMILY', 'CHECKUP', 'ROUTINE', 'ONSET', 'HABITS', 'ADVICE',
            'HOME_SECTION', 'wordings', 'take_marks', 'identity', 'Draws', 'write_note', 'write_notes']
 
-# %% ../../nbs/ehr/notes.ipynb #135f0596
+# %% ../../nbs/ehr/notes.ipynb #201be4a4
 LIVING_ALONE = dict(
-    yes=dict(seen=["Lives alone.", "{He} has lived by {him}self since {his} spouse died.", "Widowed, no one else in the home.", "Lived with {his} {rel} until last year, now on {his} own.",
-                   "Resides alone; {his} {rel} is in another state.", "Does not live with family.", "Denies having anyone at home to help.", "Probably lives by {him}self."],
-             validation=["There is nobody else in the household.", "Returns to an apartment that {he} shares with no one.", "No housemate since the divorce."],
-             test=["Nobody shares {his} home.", "Goes back to an empty house.", "{He} is the only person in the household.", "No longer shares the house: {his} {rel} moved out."]),
-    no=dict(seen=["Lives with {his} {rel}.", "Denies living alone.", "Does not live alone; {his} {rel} is at home.", "Previously lived alone, now with {his} {rel}.",
-                  "Lives with {his} {rel}, who is home all day.", "Not alone at home: {his} {rel} stays overnight.", "Lives with family.", "Married, spouse is at home and able to help."],
-            validation=["There is always somebody else in the household.", "Never by {him}self overnight: {his} {rel} sleeps next door.", "Shares {his} apartment with a cousin."],
-            test=["Has company at home day and night.", "{His} {rel} shares {his} home.", "An old note says alone; in fact {his} {rel} lives there too.", "The house is never empty, {his} {rel} works from home."]),
-    other=["{His} brother lives alone and is well.", "A neighbor who lives alone visits weekly.", "{His} mother lived with family until her death.", "{His} sister lives with her husband."])
+    yes=dict(seen=["Lives alone.", "{He} has lived by {him}self since {his} spouse died.", "Widowed, no one else in the home.",
+                   "Lived with {his} {rel} until last year, now on {his} own.",
+                   "Resides alone; {his} {rel} is in another state.", "Does not live with family.", "Denies having anyone at home to help.",
+                   "Probably lives by {him}self."],
+             validation=["There is nobody else in the household.", "Returns to an apartment that {he} shares with no one.",
+                         "No housemate since the divorce."],
+             test=["Nobody shares {his} home.", "Goes back to an empty house.", "{He} is the only person in the household.",
+                   "No longer shares the house: {his} {rel} moved out."]),
+    no=dict(seen=["Lives with {his} {rel}.", "Denies living alone.", "Does not live alone; {his} {rel} is at home.",
+                  "Previously lived alone, now with {his} {rel}.",
+                  "Lives with {his} {rel}, who is home all day.", "Not alone at home: {his} {rel} stays overnight.", "Lives with family.",
+                  "Married, spouse is at home and able to help."],
+            validation=["There is always somebody else in the household.", "Never by {him}self overnight: {his} {rel} sleeps next door.",
+                        "Shares {his} apartment with a cousin."],
+            test=["Has company at home day and night.", "{His} {rel} shares {his} home.",
+                  "An old note says alone; in fact {his} {rel} lives there too.", "The house is never empty, {his} {rel} works from home."]),
+    other=["{His} brother lives alone and is well.", "A neighbor who lives alone visits weekly.", "{His} mother lived with family until her death.",
+           "{His} sister lives with her husband."])
 
-# %% ../../nbs/ehr/notes.ipynb #2d978233
+# %% ../../nbs/ehr/notes.ipynb #34ff601a
 MISSED_FOLLOW_UP = dict(
-    yes=dict(seen=["Missed {his} last two clinic appointments.", "Did not come to follow-up after the last visit.", "No-show to clinic twice this year.", "Has not seen {his} PCP in over a year.",
-                   "Follow-up was arranged but {he} did not attend.", "Lost to follow-up since spring.", "Rarely attends clinic.", "Appears to have skipped {his} follow-up."],
-             validation=["The outpatient team has been unable to get {him} to come in.", "Canceled every recent visit.", "Seldom turns up at the office."],
-             test=["Clinic reports that {he} never showed.", "Outpatient visits went unattended.", "{He} has stayed away from {his} doctors.", "Booked visits passed without {him}."]),
-    no=dict(seen=["Keeps all clinic appointments.", "Came to follow-up after the last visit.", "No missed appointments this year.", "Saw {his} PCP two weeks ago.",
-                  "Denies missing any appointments.", "Follow-up was arranged and {he} attended.", "Rarely misses clinic.", "Missed visits in the past, now attends reliably."],
+    yes=dict(seen=["Missed {his} last two clinic appointments.", "Did not come to follow-up after the last visit.",
+                   "No-show to clinic twice this year.", "Has not seen {his} PCP in over a year.",
+                   "Follow-up was arranged but {he} did not attend.", "Lost to follow-up since spring.", "Rarely attends clinic.",
+                   "Appears to have skipped {his} follow-up."],
+             validation=["The outpatient team has been unable to get {him} to come in.", "Canceled every recent visit.",
+                         "Seldom turns up at the office."],
+             test=["Clinic reports that {he} never showed.", "Outpatient visits went unattended.", "{He} has stayed away from {his} doctors.",
+                   "Booked visits passed without {him}."]),
+    no=dict(seen=["Keeps all clinic appointments.", "Came to follow-up after the last visit.", "No missed appointments this year.",
+                  "Saw {his} PCP two weeks ago.",
+                  "Denies missing any appointments.", "Follow-up was arranged and {he} attended.", "Rarely misses clinic.",
+                  "Missed visits in the past, now attends reliably."],
             validation=["The outpatient team sees {him} every month.", "Comes in for every recent visit.", "Always turns up at the office."],
-            test=["Clinic reports that {he} never fails to show.", "No outpatient visit went unattended.", "{He} stays in close touch with {his} doctors.", "Each booked visit took place."]),
-    other=["{His} mother missed her own appointments for years.", "{His} {rel} was lost to follow-up after a stroke.", "{His} brother keeps all clinic appointments.", "Clinic missed calling {his} {rel} back."])
+            test=["Clinic reports that {he} never fails to show.", "No outpatient visit went unattended.",
+                  "{He} stays in close touch with {his} doctors.", "Each booked visit took place."]),
+    other=["{His} mother missed her own appointments for years.", "{His} {rel} was lost to follow-up after a stroke.",
+           "{His} brother keeps all clinic appointments.", "Clinic missed calling {his} {rel} back."])
 
-# %% ../../nbs/ehr/notes.ipynb #bdaccff1
+# %% ../../nbs/ehr/notes.ipynb #300aa1a2
 NEEDS_HELP = dict(
-    yes=dict(seen=["Needs help with bathing and dressing.", "Dependent for most ADLs.", "Requires assistance to stand and walk.", "Not independent in ADLs.",
-                   "Cannot manage stairs or shower without help.", "Was independent before, now needs help with ADLs.", "Uses a walker and still needs a hand.", "Likely needs help with most tasks."],
+    yes=dict(seen=["Needs help with bathing and dressing.", "Dependent for most ADLs.", "Requires assistance to stand and walk.",
+                   "Not independent in ADLs.",
+                   "Cannot manage stairs or shower without help.", "Was independent before, now needs help with ADLs.",
+                   "Uses a walker and still needs a hand.", "Likely needs help with most tasks."],
              validation=["Could not get out of the chair unaided.", "Another person must wash {him}.", "PT: two-person transfer."],
-             test=["Cannot care for {him}self physically.", "Someone has to lift {him} from bed.", "PT found {him} unsafe on {his} feet.", "Self-care is beyond {him} at present."]),
-    no=dict(seen=["Independent in all ADLs.", "Denies needing help with bathing or dressing.", "Walks without assistance.", "Not dependent for any ADLs.",
-                  "Manages stairs and shower without help.", "Needed help with ADLs before, now independent.", "Has a walker but no longer needs it.", "Function is at baseline, no help needed."],
+             test=["Cannot care for {him}self physically.", "Someone has to lift {him} from bed.", "PT found {him} unsafe on {his} feet.",
+                   "Self-care is beyond {him} at present."]),
+    no=dict(seen=["Independent in all ADLs.", "Denies needing help with bathing or dressing.", "Walks without assistance.",
+                  "Not dependent for any ADLs.",
+                  "Manages stairs and shower without help.", "Needed help with ADLs before, now independent.", "Has a walker but no longer needs it.",
+                  "Function is at baseline, no help needed."],
             validation=["Got out of the chair unaided.", "Washes and dresses unassisted.", "PT: discharged from therapy, walks a mile."],
-            test=["Cares for {him}self physically.", "Gets up from bed with no one lifting.", "PT found {him} safe and steady on {his} feet.", "Self-care is no trouble for {him}."]),
-    other=["{His} mother needs help with bathing.", "Cares for {his} {rel}, who is dependent for ADLs.", "{His} father was independent until age 85.", "{His} sister needs a walker."])
+            test=["Cares for {him}self physically.", "Gets up from bed with no one lifting.", "PT found {him} safe and steady on {his} feet.",
+                  "Self-care is no trouble for {him}."]),
+    other=["{His} mother needs help with bathing.", "Cares for {his} {rel}, who is dependent for ADLs.", "{His} father was independent until age 85.",
+           "{His} sister needs a walker."])
 
-# %% ../../nbs/ehr/notes.ipynb #1a30b656
+# %% ../../nbs/ehr/notes.ipynb #f92d385b
 MEDICATION_CONFUSION = dict(
-    yes=dict(seen=["Could not name {his} medications.", "Poor understanding of {his} pills on teach-back.", "Confused about which pills to take.", "Did not understand the new doses.",
-                   "Unable to repeat the medication plan.", "Does not know why {he} takes {his} tablets.", "Seems unsure about {his} medications.", "Mixes up morning and evening doses."],
+    yes=dict(seen=["Could not name {his} medications.", "Poor understanding of {his} pills on teach-back.", "Confused about which pills to take.",
+                   "Did not understand the new doses.",
+                   "Unable to repeat the medication plan.", "Does not know why {he} takes {his} tablets.", "Seems unsure about {his} medications.",
+                   "Mixes up morning and evening doses."],
              validation=["Teach-back failed twice.", "The pill box was filled wrongly."],
-             test=["The medicine list made no sense to {him}.", "{He} guessed at what each tablet was for.", "Explained the drugs three times without success."]),
-    no=dict(seen=["Names all {his} medications.", "Good understanding of {his} pills on teach-back.", "Not confused about which pills to take.", "Understood the new doses.",
-                  "Able to repeat the medication plan.", "Knows why {he} takes {his} tablets.", "Seems sure about {his} medications.", "No longer mixes up doses."],
+             test=["The medicine list made no sense to {him}.", "{He} guessed at what each tablet was for.",
+                   "Explained the drugs three times without success."]),
+    no=dict(seen=["Names all {his} medications.", "Good understanding of {his} pills on teach-back.", "Not confused about which pills to take.",
+                  "Understood the new doses.",
+                  "Able to repeat the medication plan.", "Knows why {he} takes {his} tablets.", "Seems sure about {his} medications.",
+                  "No longer mixes up doses."],
             validation=["Teach-back passed at once.", "The pill box was filled correctly."],
-            test=["The medicine list made sense to {him}.", "{He} told us what each tablet was for.", "Explained the drugs back to us with success."]),
+            test=["The medicine list made sense to {him}.", "{He} told us what each tablet was for.",
+                  "Explained the drugs back to us with success."]),
     other=["{His} {rel} is confused about some pills.", "{His} father could not name his medications."])
 
-# %% ../../nbs/ehr/notes.ipynb #6cab309e
+# %% ../../nbs/ehr/notes.ipynb #21c8c17b
 NO_TRANSPORT = dict(
-    yes=dict(seen=["Has no transportation to clinic.", "No car and no bus nearby.", "Does not drive and has no ride.", "Cannot get to appointments without a ride, none available.",
-                   "Transport is a problem.", "Relies on rides that often fall through.", "Lost {his} license, has no other way to travel.", "Unable to reach the pharmacy."],
+    yes=dict(seen=["Has no transportation to clinic.", "No car and no bus nearby.", "Does not drive and has no ride.",
+                   "Cannot get to appointments without a ride, none available.",
+                   "Transport is a problem.", "Relies on rides that often fall through.", "Lost {his} license, has no other way to travel.",
+                   "Unable to reach the pharmacy."],
              validation=["No means of getting to the office.", "Would have to walk to clinic."],
              test=["Getting here is a struggle, nobody can bring {him}.", "Stranded at home without a vehicle.", "Has no way into town."]),
-    no=dict(seen=["Has transportation to clinic.", "Has a car and drives.", "Does not drive but always has a ride.", "Gets to appointments without difficulty.",
-                  "Transport is not a problem.", "Has rides that never fall through.", "Lost {his} license, {his} {rel} drives {him}.", "Able to reach the pharmacy."],
+    no=dict(seen=["Has transportation to clinic.", "Has a car and drives.", "Does not drive but always has a ride.",
+                  "Gets to appointments without difficulty.",
+                  "Transport is not a problem.", "Has rides that never fall through.", "Lost {his} license, {his} {rel} drives {him}.",
+                  "Able to reach the pharmacy."],
             validation=["Has the means of getting to the office.", "A bus to clinic stops outside."],
             test=["Getting here is easy, {his} {rel} can bring {him}.", "Never stranded, a vehicle is at home.", "Goes into town daily."]),
     other=["{His} {rel} has no car.", "Transport to radiology was delayed."])
 
-# %% ../../nbs/ehr/notes.ipynb #c94b2063
-WORDINGS = dict(living_alone=LIVING_ALONE, missed_follow_up=MISSED_FOLLOW_UP, needs_help=NEEDS_HELP, medication_confusion=MEDICATION_CONFUSION, no_transport=NO_TRANSPORT)
+# %% ../../nbs/ehr/notes.ipynb #d875f24a
+WORDINGS = dict(living_alone=LIVING_ALONE, missed_follow_up=MISSED_FOLLOW_UP, needs_help=NEEDS_HELP, medication_confusion=MEDICATION_CONFUSION,
+                no_transport=NO_TRANSPORT)
 FACTS = tuple(WORDINGS)
 
 def wordings(fact: str,         # one of `FACTS`
@@ -107,73 +142,106 @@ def take_marks(marked: str,     # a note with identifiers marked `⟦class|text�
         length += len(m[2]); last = m.end()
     return "".join(parts) + marked[last:], spans
 
-# %% ../../nbs/ehr/notes.ipynb #006ad74d
-FIRST = dict(Female=["Odalys", "Wilhelmina", "Tamsin", "Ottoline", "Marisol", "Ingrid", "Peregrine", "Calliope", "Saoirse", "Benedetta", "Yevgenia", "Philippa"],
-             Male=["Thaddeus", "Ignatius", "Caspian", "Leopold", "Evander", "Barnaby", "Rafferty", "Emeric", "Zoltan", "Lysander", "Anselm", "Octavio"])
-LAST = ["Fenwick", "Abernathy", "Quillfeather", "Marlowe", "Okonjo-Test", "Brandywine", "Castellanos", "Thistlewood", "Vandermeer", "Pemberly", "Larkspur", "Ashdown",
-        "Featherstone", "Gallowglass", "Hollis-Test", "Isherwood", "Juniper", "Kestrel", "Lindqvist", "Montefiore", "Nightingale", "Ostrander", "Pettibone"]
+# %% ../../nbs/ehr/notes.ipynb #903b3185
+FIRST = dict(Female=["Odalys", "Wilhelmina", "Tamsin", "Ottoline", "Marisol", "Ingrid", "Peregrine", "Calliope", "Saoirse", "Benedetta", "Yevgenia",
+                     "Philippa"],
+             Male=["Thaddeus", "Ignatius", "Caspian", "Leopold", "Evander", "Barnaby", "Rafferty", "Emeric", "Zoltan", "Lysander", "Anselm",
+                   "Octavio"])
+LAST = ["Fenwick", "Abernathy", "Quillfeather", "Marlowe", "Okonjo-Test", "Brandywine", "Castellanos", "Thistlewood", "Vandermeer", "Pemberly",
+        "Larkspur", "Ashdown",
+        "Featherstone", "Gallowglass", "Hollis-Test", "Isherwood", "Juniper", "Kestrel", "Lindqvist", "Montefiore", "Nightingale", "Ostrander",
+        "Pettibone"]
 STREETS = ["Quill Lane", "Larch Court", "Mill Row", "Heron Way", "Orchard Close"]
 TOWNS = ["Ferndale", "Port Ellery", "Marsh End", "Little Dunmore", "Saltby"]
 
-# %% ../../nbs/ehr/notes.ipynb #29f453fb
+# %% ../../nbs/ehr/notes.ipynb #8be1def6
 def identity(subject_id: int,    # the patient
              sex: str,           # "Female" or "Male"
              ) -> dict:          # identifier class → made-up text
     "A made-up identity, always the same for the same patient"
     s = subject_id * 7919
     first, last, k = FIRST[sex][s % 12], LAST[s // 12 % len(LAST)], f"{s % 10000:04d}"
-    return dict(names=f"{first} {last}", geographic=f"{s % 90 + 5} {STREETS[s % 5]}, {TOWNS[s // 5 % 5]}", telephone=f"555-01{s % 100:02d}", fax=f"555-01{(s + 37) % 100:02d}",
-                email=f"{last.lower()}{s % 89}@example.org", ssn=f"000-{s % 90 + 10}-{k}", mrn=f"MR{k}{s % 7}", health_plan=f"HP-{k}", account=f"AC{k}", certificate_license=f"DL-{k}",
-                vehicle=f"EXA-{s % 1000:03d}", device=f"SN-{k}", url=f"example.org/p/{k}", ip=f"192.0.2.{s % 250 + 1}", biometric=f"FP-{k}", photo=f"face_{k}.jpg", other_unique=f"ZQ-{k}")
+    return dict(names=f"{first} {last}", geographic=f"{s % 90 + 5} {STREETS[s % 5]}, {TOWNS[s // 5 % 5]}", telephone=f"555-01{s % 100:02d}",
+                fax=f"555-01{(s + 37) % 100:02d}",
+                email=f"{last.lower()}{s % 89}@example.org", ssn=f"000-{s % 90 + 10}-{k}", mrn=f"MR{k}{s % 7}", health_plan=f"HP-{k}",
+                account=f"AC{k}", certificate_license=f"DL-{k}",
+                vehicle=f"EXA-{s % 1000:03d}", device=f"SN-{k}", url=f"example.org/p/{k}", ip=f"192.0.2.{s % 250 + 1}", biometric=f"FP-{k}",
+                photo=f"face_{k}.jpg", other_unique=f"ZQ-{k}")
 
-# %% ../../nbs/ehr/notes.ipynb #add9ff4e
+# %% ../../nbs/ehr/notes.ipynb #3129559b
 PLANTED = dict(
-    names=["Contact: {rel} ⟦names|{kin}⟧.", "Attending Dr. ⟦names|{doctor}⟧.", "Seen with {his} {rel} ⟦names|{kin}⟧."], geographic=["Address ⟦geographic|{geographic}⟧."],
-    dates_ages=["Admitted ⟦dates_ages|{admitted}⟧.", "Discharged ⟦dates_ages|{discharged}⟧."], telephone=["Tel ⟦telephone|{telephone}⟧.", "Callback ⟦telephone|{telephone}⟧."], fax=["Fax ⟦fax|{fax}⟧."],
-    email=["Email ⟦email|{email}⟧."], ssn=["SSN ⟦ssn|{ssn}⟧."], mrn=["MRN ⟦mrn|{mrn}⟧."], health_plan=["Plan ID ⟦health_plan|{health_plan}⟧."], account=["Acct ⟦account|{account}⟧."],
-    certificate_license=["License ⟦certificate_license|{certificate_license}⟧ on file."], vehicle=["Plate ⟦vehicle|{vehicle}⟧ in visitor lot."], device=["Monitor serial ⟦device|{device}⟧."],
-    url=["Portal ⟦url|{url}⟧."], ip=["Portal login from ⟦ip|{ip}⟧."], biometric=["Fingerprint ⟦biometric|{biometric}⟧ enrolled."], photo=["Wound photo with face: ⟦photo|{photo}⟧."],
+    names=["Contact: {rel} ⟦names|{kin}⟧.", "Attending Dr. ⟦names|{doctor}⟧.", "Seen with {his} {rel} ⟦names|{kin}⟧."],
+               geographic=["Address ⟦geographic|{geographic}⟧."],
+    dates_ages=["Admitted ⟦dates_ages|{admitted}⟧.", "Discharged ⟦dates_ages|{discharged}⟧."],
+               telephone=["Tel ⟦telephone|{telephone}⟧.", "Callback ⟦telephone|{telephone}⟧."], fax=["Fax ⟦fax|{fax}⟧."],
+    email=["Email ⟦email|{email}⟧."], ssn=["SSN ⟦ssn|{ssn}⟧."], mrn=["MRN ⟦mrn|{mrn}⟧."], health_plan=["Plan ID ⟦health_plan|{health_plan}⟧."],
+               account=["Acct ⟦account|{account}⟧."],
+    certificate_license=["License ⟦certificate_license|{certificate_license}⟧ on file."], vehicle=["Plate ⟦vehicle|{vehicle}⟧ in visitor lot."],
+               device=["Monitor serial ⟦device|{device}⟧."],
+    url=["Portal ⟦url|{url}⟧."], ip=["Portal login from ⟦ip|{ip}⟧."], biometric=["Fingerprint ⟦biometric|{biometric}⟧ enrolled."],
+               photo=["Wound photo with face: ⟦photo|{photo}⟧."],
     other_unique=["Study code ⟦other_unique|{other_unique}⟧."])
 assert tuple(PLANTED) == PHI_CLASSES
 
-# %% ../../nbs/ehr/notes.ipynb #3e5db75a
+# %% ../../nbs/ehr/notes.ipynb #7cb38db6
 STORY = {
-    "sepsis": (["fever, chills and low blood pressure", "fever and confusion for two days"], ["Treated for sepsis with fluids and broad antibiotics.", "Lactate cleared, cultures grew E. coli."]),
+    "sepsis": (["fever, chills and low blood pressure", "fever and confusion for two days"],
+               ["Treated for sepsis with fluids and broad antibiotics.", "Lactate cleared, cultures grew E. coli."]),
     "pneumonia": (["cough and fever", "fever, cough and low oxygen"], ["Treated for pneumonia with ceftriaxone.", "Oxygen weaned over the stay."]),
-    "heart failure": (["worsening shortness of breath and leg swelling", "weight gain and orthopnea"], ["Diuresed with IV furosemide.", "Volume overload improved with diuretics."]),
+    "heart failure": (["worsening shortness of breath and leg swelling", "weight gain and orthopnea"],
+                      ["Diuresed with IV furosemide.", "Volume overload improved with diuretics."]),
     "COPD": (["wheeze and shortness of breath", "a COPD flare"], ["Steroids and nebulizers given.", "Improved on prednisone and nebs."]),
-    "atrial fibrillation": (["palpitations", "a fast irregular pulse"], ["Rate controlled with metoprolol.", "Rate settled, anticoagulation continued."]),
-    "myocardial infarction": (["chest pressure at rest", "chest pain and raised troponin"], ["NSTEMI, one stent placed.", "Treated medically for NSTEMI."]),
+    "atrial fibrillation": (["palpitations", "a fast irregular pulse"], ["Rate controlled with metoprolol.",
+        "Rate settled, anticoagulation continued."]),
+    "myocardial infarction": (["chest pressure at rest", "chest pain and raised troponin"],
+                              ["NSTEMI, one stent placed.", "Treated medically for NSTEMI."]),
     "stroke": (["sudden right-sided weakness", "slurred speech"], ["MRI showed a small infarct.", "Stroke work-up done, statin started."]),
     "GI bleed": (["black stools", "vomiting blood"], ["Endoscopy showed an ulcer, treated.", "Transfused, bleeding stopped."]),
     "kidney injury": (["poor intake and low urine output", "vomiting and weakness"], ["AKI treated with fluids.", "Nephrotoxic drugs were held."]),
     "ketoacidosis": (["vomiting and very high glucose", "thirst and belly pain"], ["Insulin drip, gap closed.", "DKA resolved on insulin."]),
-    "urinary infection": (["burning urine and fever", "flank pain"], ["Urine infection treated with antibiotics.", "Pyelonephritis, switched to oral therapy."]),
+    "urinary infection": (["burning urine and fever", "flank pain"], ["Urine infection treated with antibiotics.",
+                                                                      "Pyelonephritis, switched to oral therapy."]),
     "cellulitis": (["a red swollen leg", "leg redness and fever"], ["Cellulitis improved on cefazolin.", "Redness receded on antibiotics."]),
     "planned bypass": (["planned bypass surgery", "elective CABG"], ["Surgery without complication.", "Uneventful recovery after CABG."]),
-    "planned joint": (["planned knee replacement", "elective hip replacement"], ["Surgery without complication.", "Joint replaced, mobilized on day one."]),
-    "planned resection": (["planned bowel resection", "elective colectomy"], ["Surgery without complication.", "Bowel function returned on day three."]),
+    "planned joint": (["planned knee replacement", "elective hip replacement"], ["Surgery without complication.",
+        "Joint replaced, mobilized on day one."]),
+    "planned resection": (["planned bowel resection", "elective colectomy"], ["Surgery without complication.",
+        "Bowel function returned on day three."]),
 }
-CHRONIC_WORDS = dict(hypertension=["hypertension", "HTN", "high blood pressure"], heart_failure=["heart failure", "CHF", "HFrEF"], copd=["COPD", "emphysema"], diabetes=["diabetes", "T2DM", "DM2"],
-                     atrial_fibrillation=["atrial fibrillation", "AF"], kidney_disease=["CKD", "chronic kidney disease"], coronary_disease=["CAD", "coronary disease"], dementia=["mild dementia"],
+CHRONIC_WORDS = dict(hypertension=["hypertension", "HTN", "high blood pressure"], heart_failure=["heart failure", "CHF", "HFrEF"],
+                     copd=["COPD", "emphysema"], diabetes=["diabetes", "T2DM", "DM2"],
+                     atrial_fibrillation=["atrial fibrillation", "AF"], kidney_disease=["CKD", "chronic kidney disease"],
+                     coronary_disease=["CAD", "coronary disease"], dementia=["mild dementia"],
                      stroke_history=["prior CVA", "old stroke"], hypothyroidism=["hypothyroidism"], cancer=["history of cancer", "prior cancer"])
 
-# %% ../../nbs/ehr/notes.ipynb #2cbf8330
-HEADINGS = dict(hpi=["HPI:", "History of present illness:", "Reason for admission:", "Presentation:"], pmh=["PMH:", "Past history:", "Medical history:"],
-                course=["Hospital course:", "Course:", "Brief course:"], social=["Social history:", "Social:", "SH:", "Background:"], family=["Family history:", "FH:"],
+# %% ../../nbs/ehr/notes.ipynb #bcb47e9c
+HEADINGS = dict(hpi=["HPI:", "History of present illness:", "Reason for admission:", "Presentation:"],
+                pmh=["PMH:", "Past history:", "Medical history:"],
+                course=["Hospital course:", "Course:", "Brief course:"], social=["Social history:", "Social:", "SH:", "Background:"],
+                family=["Family history:", "FH:"],
                 plan=["Disposition:", "Discharge plan:", "Dispo:", "Plan:"])
-ABBREVIATIONS = {"with": "w/", "without": "w/o", "patient": "pt", "history": "hx", "follow-up": "f/u", "appointments": "appts", "medications": "meds", "admission": "adm", "discharge": "d/c"}
+ABBREVIATIONS = {"with": "w/", "without": "w/o", "patient": "pt", "history": "hx", "follow-up": "f/u", "appointments": "appts", "medications": "meds",
+                 "admission": "adm", "discharge": "d/c"}
 ABBREVIATE = re.compile(r"\b(" + "|".join(ABBREVIATIONS) + r")\b")
-GOES = dict(HOME=["Discharged home.", "Home today."], SNF=["To a skilled nursing facility.", "Discharged to SNF."], REHAB=["To inpatient rehab.", "Discharged to rehab."],
-            HOSPICE=["To hospice care."], AMA=["Left against advice."], OTHER=["Transferred to another hospital."], EXPIRED=["Died in hospital.", "Expired despite treatment."])
-FAMILY = ["Mother had diabetes.", "Father died of MI at 70.", "Brother has COPD.", "No family history of heart disease.", "Sister had breast cancer.", "Noncontributory."]
+GOES = dict(HOME=["Discharged home.", "Home today."], SNF=["To a skilled nursing facility.", "Discharged to SNF."],
+            REHAB=["To inpatient rehab.", "Discharged to rehab."],
+            HOSPICE=["To hospice care."], AMA=["Left against advice."], OTHER=["Transferred to another hospital."],
+            EXPIRED=["Died in hospital.", "Expired despite treatment."])
+FAMILY = ["Mother had diabetes.", "Father died of MI at 70.", "Brother has COPD.", "No family history of heart disease.", "Sister had breast cancer.",
+          "Noncontributory."]
 CHECKUP = ["PCP in two weeks.", "Clinic visit in one week.", "Follow-up to be arranged.", "Repeat labs in a week."]
-ROUTINE = ["Denies chest pain today.", "No fever in the last 48 hours.", "Tolerating a regular diet.", "Pain was controlled with oral medications.", "Vital signs were stable on the last morning.", "Examination was unremarkable at the end of the stay.",
-           "Nursing reported no events overnight.", "The chest was clear on the last examination.", "Bowel sounds were present and the belly was soft.", "No rash and no new swelling were seen.", "Slept well and was alert in the morning."]
-ONSET = ["Symptoms began three days before admission and grew slowly worse.", "The complaint came on suddenly on the evening before.", "Similar but milder episodes had occurred in the past.", "Came by ambulance and was seen in the emergency department.",
+ROUTINE = ["Denies chest pain today.", "No fever in the last 48 hours.", "Tolerating a regular diet.", "Pain was controlled with oral medications.",
+           "Vital signs were stable on the last morning.", "Examination was unremarkable at the end of the stay.",
+           "Nursing reported no events overnight.", "The chest was clear on the last examination.",
+           "Bowel sounds were present and the belly was soft.", "No rash and no new swelling were seen.", "Slept well and was alert in the morning."]
+ONSET = ["Symptoms began three days before admission and grew slowly worse.", "The complaint came on suddenly on the evening before.",
+         "Similar but milder episodes had occurred in the past.", "Came by ambulance and was seen in the emergency department.",
          "The symptoms had been present for about a week.", "No recent travel and no sick contacts."]
-HABITS = ["Never smoked.", "Former smoker, quit ten years ago.", "Denies alcohol use.", "Drinks a glass of wine on weekends.", "Retired teacher.", "Worked in a mill for many years.", "Enjoys gardening and the radio.", "Likes to read the paper."]
-ADVICE = ["Return for fever, chest pain or shortness of breath.", "Call the clinic with any new symptoms.", "Diet and activity as tolerated.", "Copies of this summary were sent to the PCP.", "The plan was discussed with the team.", "The usual home treatment was continued through the stay."]
+HABITS = ["Never smoked.", "Former smoker, quit ten years ago.", "Denies alcohol use.", "Drinks a glass of wine on weekends.", "Retired teacher.",
+          "Worked in a mill for many years.", "Enjoys gardening and the radio.", "Likes to read the paper."]
+ADVICE = ["Return for fever, chest pain or shortness of breath.", "Call the clinic with any new symptoms.", "Diet and activity as tolerated.",
+          "Copies of this summary were sent to the PCP.", "The plan was discussed with the team.",
+          "The usual home treatment was continued through the stay."]
 HOME_SECTION = dict(living_alone="social", missed_follow_up="hpi", needs_help="plan", medication_confusion="plan", no_transport="social")
 
 # %% ../../nbs/ehr/notes.ipynb #71d57ab9
@@ -186,13 +254,15 @@ class Draws:
         keyed = sorted((next(self.uniforms), i) for i in range(len(items)))
         return [items[i] for _, i in keyed]
 
-# %% ../../nbs/ehr/notes.ipynb #a61b3674
+# %% ../../nbs/ehr/notes.ipynb #e2b6843c
 def _words(row, draws: Draws) -> dict:
     "What the templates are filled with: pronouns, relatives, identity, dates"
     he, his, him = ("she", "her", "her") if row.sex == "Female" else ("he", "his", "him")
-    kin_sex = draws.pick(["Female", "Male"]); rel = draws.pick(["daughter", "niece", "sister"] if kin_sex == "Female" else ["son", "nephew", "brother"])
+    kin_sex = draws.pick(["Female", "Male"])
+    rel = draws.pick(["daughter", "niece", "sister"] if kin_sex == "Female" else ["son", "nephew", "brother"])
     last = identity(row.subject_id, row.sex)["names"].split()[-1]
-    return dict(identity(row.subject_id, row.sex), he=he, He=he.title(), his=his, His=his.title(), him=him, rel=rel, Rel=rel.title(), kin=f"{draws.pick(FIRST[kin_sex])} {last}",
+    return dict(identity(row.subject_id, row.sex), he=he, He=he.title(), his=his, His=his.title(), him=him, rel=rel, Rel=rel.title(),
+                kin=f"{draws.pick(FIRST[kin_sex])} {last}",
                 doctor=draws.pick(LAST), admitted=row.admit.strftime("%m/%d/%Y"), discharged=row.discharge.strftime("%m/%d/%Y"))
 
 # %% ../../nbs/ehr/notes.ipynb #a50091bd
@@ -206,7 +276,7 @@ def _facts(row, draws: Draws, new_share: float) -> dict:
     if draws.chance(0.35): said[draws.pick(["family", "social"])].append(draws.pick(WORDINGS[draws.pick(FACTS)]["other"]))
     return said
 
-# %% ../../nbs/ehr/notes.ipynb #1b637034
+# %% ../../nbs/ehr/notes.ipynb #c270e99a
 def _capital(text: str) -> str: return text[0].upper() + text[1:]
 
 def _sections(row, draws: Draws, new_share: float) -> dict:
@@ -215,17 +285,22 @@ def _sections(row, draws: Draws, new_share: float) -> dict:
     age = f"⟦dates_ages|{row.age:.0f}⟧" if row.age > 89 else f"{row.age:.0f}"
     who = draws.pick([f"{age} yo {'woman' if row.sex == 'Female' else 'man'}", f"{age}{'F' if row.sex == 'Female' else 'M'}"])
     known = [draws.pick(CHRONIC_WORDS[c]) for c in row.chronic]
-    labs = draws.pick([f"Cr {row.creatinine_first:.1f} on arrival, {row.creatinine:.1f} at the end.", f"Last Hb {row.haemoglobin:.1f}, Na {row.sodium:.0f}.", f"Na {row.sodium:.0f}, creatinine {row.creatinine:.1f}.",
+    labs = draws.pick([f"Cr {row.creatinine_first:.1f} on arrival, {row.creatinine:.1f} at the end.",
+                       f"Last Hb {row.haemoglobin:.1f}, Na {row.sodium:.0f}.", f"Na {row.sodium:.0f}, creatinine {row.creatinine:.1f}.",
                        f"Hb {row.haemoglobin:.1f} and stable.", f"HR {row.heart_rate:.0f} at discharge."])
     short = row.short_note
-    onset = draws.pick(ONSET); sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *([] if short or row.reason.startswith("planned") else [onset]), *said["hpi"]], pmh=[_capital(", ".join(known)) + "." if known else draws.pick(["None.", "No chronic illness."])],
-                    course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.", *draws.shuffle(ROUTINE)[:3]])],
+    onset = draws.pick(ONSET)
+    sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *([] if short or row.reason.startswith("planned") else [onset]), *said["hpi"]],
+                    pmh=[_capital(", ".join(known)) + "." if known else draws.pick(["None.", "No chronic illness."])],
+                    course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.",
+                        *draws.shuffle(ROUTINE)[:3]])],
                     social=[*said["social"], *([] if short and said["social"] else [draws.pick(HABITS)])],
-                    family=[*said["family"], *([] if short else [draws.pick(FAMILY)])], plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short else [draws.pick(ADVICE)])])
+                    family=[*said["family"], *([] if short else [draws.pick(FAMILY)])],
+                    plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short else [draws.pick(ADVICE)])])
     if row.disposition == "EXPIRED": sections["plan"] = [draws.pick(GOES["EXPIRED"])]
     return {k: draws.shuffle(v) if k in ("social", "course") else v for k, v in sections.items() if v}
 
-# %% ../../nbs/ehr/notes.ipynb #a8aba063
+# %% ../../nbs/ehr/notes.ipynb #b054d31e
 def write_note(row,                 # a stay: attributes as `write_notes` asks for
                uniforms,            # (128,) uniform numbers in [0, 1) that drive every choice of this note
                new_share: float,    # share of facts stated in a wording of the split's own, in [0, 1]
@@ -237,15 +312,16 @@ def write_note(row,                 # a stay: attributes as `write_notes` asks f
     body = {s: (draws.pick(HEADINGS[s]) + " " if row.site != "Hill" or draws.chance(0.4) else "") + " ".join(sections[s]) for s in [first, *rest]}
     if row.site == "Lake": body = {s: ABBREVIATE.sub(lambda m: ABBREVIATIONS[m[0]], t) for s, t in body.items()}
     planted = draws.shuffle(PHI_CLASSES)[: 1 + int(next(draws.uniforms) * 2.5)]
-    head = draws.pick(["⟦names|{names}⟧, MRN ⟦mrn|{mrn}⟧.", "Patient: ⟦names|{names}⟧.", "Discharge summary, ⟦names|{names}⟧, ⟦dates_ages|{discharged}⟧."])
+    head = draws.pick(["⟦names|{names}⟧, MRN ⟦mrn|{mrn}⟧.", "Patient: ⟦names|{names}⟧.",
+                       "Discharge summary, ⟦names|{names}⟧, ⟦dates_ages|{discharged}⟧."])
     tail = " ".join(draws.pick(PLANTED[c]) for c in planted)
     return "\n".join([head, *body.values(), tail]).format_map(words)
 
-# %% ../../nbs/ehr/notes.ipynb #a5d84a0d
-def write_notes(stays: pd.DataFrame,        # subject_id, hadm_id, sex, age (years), site, split, reason, chronic (list), admit, discharge, los (days), disposition, last labs, facts, `*_written`, short_note
+# %% ../../nbs/ehr/notes.ipynb #a79aa9fc
+def write_notes(stays: pd.DataFrame,        # one row per stay, with the columns of `simulate` in the hospital, and `chronic`: a list of conditions
                 rng,                        # numpy generator
                 new_share: float = 0.3,     # share of facts in validation and test that are stated in a wording of the split's own, in [0, 1]
-                ) -> tuple:                 # list of notes in the rows' order, and spans: subject_id, hadm_id, start, end (exclusive), phi_class, text
+                ) -> tuple:                 # notes in the rows' order; spans: subject_id, hadm_id, start, end (exclusive), phi_class, text
     "Write a discharge summary for each stay"
     if not 0 <= new_share <= 1: raise DataError(f"write_notes: new_share must lie in [0, 1], got {new_share!r}.")
     uniforms, notes, spans = rng.random((len(stays), 128)), [], []
