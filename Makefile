@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 run: $(READY)    ## install, fetch the default model, run every experiment, build the site
-	@clinllm run && clinllm site
+	@clinllm run; failed=$$?; clinllm site && exit $$failed
 
 test: $(READY)   ## install, run the notebook tests and pytest
 	nbdev-test --n_workers 2 --do_print
@@ -33,7 +33,7 @@ site: $(READY)   ## build the site from the newest runs and serve it
 	clinllm site --serve
 
 bench: $(READY)  ## time clinllm against a peer on the same work, as ratios
-	python tests/bench/bench.py
+	python tests/bench/bench_scoring.py
 
 check: $(READY)  ## is the library in step with its notebooks, and are the notebooks clean?
 	nbdev-export && nbdev-clean && git diff --stat --exit-code -- nbs clinllm
