@@ -21,21 +21,21 @@ __all__ = ['INTERCEPT', 'TABLE_TERMS', 'FACT_TERMS', 'FACT_PREVALENCE', 'WRITTEN
            'written_logit', 'draw_next', 'simulate', 'draw_splits', 'person_events', 'stay_events',
            'measurement_events', 'drug_events', 'Hospital', 'make_hospital', 'bayes_auroc']
 
-# %% ../../nbs/ehr/hospital.ipynb #572e0bee
-INTERCEPT = -3.84
+# %% ../../nbs/ehr/hospital.ipynb #0c7dc17e
+INTERCEPT = -5.9
 TABLE_TERMS = dict(                                 # column: (subtract, divide by, coefficient)
-    age=(65, 10, 0.10),                             # years
-    prior_unplanned=(0, 1, 0.40),                   # unplanned admissions in the 365 days before this one, at most 3
-    log2_los=(2, 1, 0.22),                          # log2 of days in hospital; 2 is four days
-    haemoglobin=(11, 1, -0.16),                     # g/dL, last of the stay
-    log2_creatinine=(0, 1, 0.28),                   # log2 of mg/dL, last of the stay
-    sodium=(138, 5, -0.25),                         # mmol/L, last of the stay
-    heart_rate=(85, 10, 0.18),                      # beats per minute, last of the stay
-    heart_failure=(0, 1, 0.45), copd=(0, 1, 0.35), diabetes=(0, 1, 0.25),   # on the problem list: 0 or 1
-    n_drugs=(10, 5, 0.25),                          # different drugs in the stay
+    age=(65, 10, 0.14),                             # years
+    prior_unplanned=(0, 1, 0.45),                   # unplanned admissions in the 365 days before this one, at most 3
+    log2_los=(2, 1, 0.30),                          # log2 of days in hospital; 2 is four days
+    haemoglobin=(11, 1, -0.22),                     # g/dL, last of the stay
+    log2_creatinine=(0, 1, 0.40),                   # log2 of mg/dL, last of the stay
+    sodium=(138, 5, -0.35),                         # mmol/L, last of the stay
+    heart_rate=(85, 10, 0.25),                      # beats per minute, last of the stay
+    heart_failure=(0, 1, 0.65), copd=(0, 1, 0.50), diabetes=(0, 1, 0.35),   # on the problem list: 0 or 1
+    n_drugs=(10, 5, 0.35),                          # different drugs in the stay
     medicaid=(0, 1, 0.30),                          # insured by Medicaid: 0 or 1
     site_lake=(0, 1, 0.30), site_hill=(0, 1, -0.20))    # against site North: 0 or 1
-FACT_TERMS = dict(living_alone=1.65, missed_follow_up=1.55, needs_help=0.90, medication_confusion=0.35, no_transport=0.35)
+FACT_TERMS = dict(living_alone=3.0, missed_follow_up=2.8, needs_help=0.8, medication_confusion=0.3, no_transport=0.3)
 
 # %% ../../nbs/ehr/hospital.ipynb #3dcbdeb1
 FACT_PREVALENCE = dict(living_alone=0.30, missed_follow_up=0.28, needs_help=0.30, medication_confusion=0.25, no_transport=0.20)

@@ -16,20 +16,14 @@ __all__ = ['LIVING_ALONE', 'MISSED_FOLLOW_UP', 'NEEDS_HELP', 'MEDICATION_CONFUSI
            'ABBREVIATIONS', 'ABBREVIATE', 'GOES', 'FAMILY', 'CHECKUP', 'ROUTINE', 'ONSET', 'HABITS', 'ADVICE',
            'HOME_SECTION', 'wordings', 'take_marks', 'identity', 'Draws', 'write_note', 'write_notes']
 
-# %% ../../nbs/ehr/notes.ipynb #201be4a4
+# %% ../../nbs/ehr/notes.ipynb #c16734e9
 LIVING_ALONE = dict(
-    yes=dict(seen=["Lives alone.", "{He} has lived by {him}self since {his} spouse died.", "Widowed, no one else in the home.",
-                   "Lived with {his} {rel} until last year, now on {his} own.",
-                   "Resides alone; {his} {rel} is in another state.", "Does not live with family.", "Denies having anyone at home to help.",
-                   "Probably lives by {him}self."],
+    yes=dict(seen=["Lives alone.", "{He} has lived by {him}self since {his} spouse died.", "Widowed, no one else in the home.", "Lived with {his} {rel} until last year, now on {his} own."],
              validation=["There is nobody else in the household.", "Returns to an apartment that {he} shares with no one.",
                          "No housemate since the divorce."],
              test=["Nobody shares {his} home.", "Goes back to an empty house.", "{He} is the only person in the household.",
                    "No longer shares the house: {his} {rel} moved out."]),
-    no=dict(seen=["Lives with {his} {rel}.", "Denies living alone.", "Does not live alone; {his} {rel} is at home.",
-                  "Previously lived alone, now with {his} {rel}.",
-                  "Lives with {his} {rel}, who is home all day.", "Not alone at home: {his} {rel} stays overnight.", "Lives with family.",
-                  "Married, spouse is at home and able to help."],
+    no=dict(seen=["Lives with {his} {rel}.", "Denies living alone.", "Does not live alone; {his} {rel} is at home.", "Previously lived alone, now with {his} {rel}."],
             validation=["There is always somebody else in the household.", "Never by {him}self overnight: {his} {rel} sleeps next door.",
                         "Shares {his} apartment with a cousin."],
             test=["Has company at home day and night.", "{His} {rel} shares {his} home.",
@@ -37,75 +31,51 @@ LIVING_ALONE = dict(
     other=["{His} brother lives alone and is well.", "A neighbor who lives alone visits weekly.", "{His} mother lived with family until her death.",
            "{His} sister lives with her husband."])
 
-# %% ../../nbs/ehr/notes.ipynb #34ff601a
+# %% ../../nbs/ehr/notes.ipynb #a8de8ec7
 MISSED_FOLLOW_UP = dict(
-    yes=dict(seen=["Missed {his} last two clinic appointments.", "Did not come to follow-up after the last visit.",
-                   "No-show to clinic twice this year.", "Has not seen {his} PCP in over a year.",
-                   "Follow-up was arranged but {he} did not attend.", "Lost to follow-up since spring.", "Rarely attends clinic.",
-                   "Appears to have skipped {his} follow-up."],
+    yes=dict(seen=["Missed {his} last two clinic appointments.", "Did not come to follow-up after the last visit.", "No-show to clinic twice this year.", "Has not seen {his} PCP in over a year."],
              validation=["The outpatient team has been unable to get {him} to come in.", "Canceled every recent visit.",
                          "Seldom turns up at the office."],
              test=["Clinic reports that {he} never showed.", "Outpatient visits went unattended.", "{He} has stayed away from {his} doctors.",
                    "Booked visits passed without {him}."]),
-    no=dict(seen=["Keeps all clinic appointments.", "Came to follow-up after the last visit.", "No missed appointments this year.",
-                  "Saw {his} PCP two weeks ago.",
-                  "Denies missing any appointments.", "Follow-up was arranged and {he} attended.", "Rarely misses clinic.",
-                  "Missed visits in the past, now attends reliably."],
+    no=dict(seen=["Keeps all clinic appointments.", "Came to follow-up after the last visit.", "No missed appointments this year.", "Saw {his} PCP two weeks ago."],
             validation=["The outpatient team sees {him} every month.", "Comes in for every recent visit.", "Always turns up at the office."],
             test=["Clinic reports that {he} never fails to show.", "No outpatient visit went unattended.",
                   "{He} stays in close touch with {his} doctors.", "Each booked visit took place."]),
     other=["{His} mother missed her own appointments for years.", "{His} {rel} was lost to follow-up after a stroke.",
            "{His} brother keeps all clinic appointments.", "Clinic missed calling {his} {rel} back."])
 
-# %% ../../nbs/ehr/notes.ipynb #300aa1a2
+# %% ../../nbs/ehr/notes.ipynb #38ec53d3
 NEEDS_HELP = dict(
-    yes=dict(seen=["Needs help with bathing and dressing.", "Dependent for most ADLs.", "Requires assistance to stand and walk.",
-                   "Not independent in ADLs.",
-                   "Cannot manage stairs or shower without help.", "Was independent before, now needs help with ADLs.",
-                   "Uses a walker and still needs a hand.", "Likely needs help with most tasks."],
+    yes=dict(seen=["Needs help with bathing and dressing.", "Dependent for most ADLs.", "Requires assistance to stand and walk.", "Not independent in ADLs."],
              validation=["Could not get out of the chair unaided.", "Another person must wash {him}.", "PT: two-person transfer."],
              test=["Cannot care for {him}self physically.", "Someone has to lift {him} from bed.", "PT found {him} unsafe on {his} feet.",
                    "Self-care is beyond {him} at present."]),
-    no=dict(seen=["Independent in all ADLs.", "Denies needing help with bathing or dressing.", "Walks without assistance.",
-                  "Not dependent for any ADLs.",
-                  "Manages stairs and shower without help.", "Needed help with ADLs before, now independent.", "Has a walker but no longer needs it.",
-                  "Function is at baseline, no help needed."],
+    no=dict(seen=["Independent in all ADLs.", "Denies needing help with bathing or dressing.", "Walks without assistance.", "Not dependent for any ADLs."],
             validation=["Got out of the chair unaided.", "Washes and dresses unassisted.", "PT: discharged from therapy, walks a mile."],
             test=["Cares for {him}self physically.", "Gets up from bed with no one lifting.", "PT found {him} safe and steady on {his} feet.",
                   "Self-care is no trouble for {him}."]),
     other=["{His} mother needs help with bathing.", "Cares for {his} {rel}, who is dependent for ADLs.", "{His} father was independent until age 85.",
            "{His} sister needs a walker."])
 
-# %% ../../nbs/ehr/notes.ipynb #f92d385b
+# %% ../../nbs/ehr/notes.ipynb #d62e3374
 MEDICATION_CONFUSION = dict(
-    yes=dict(seen=["Could not name {his} medications.", "Poor understanding of {his} pills on teach-back.", "Confused about which pills to take.",
-                   "Did not understand the new doses.",
-                   "Unable to repeat the medication plan.", "Does not know why {he} takes {his} tablets.", "Seems unsure about {his} medications.",
-                   "Mixes up morning and evening doses."],
+    yes=dict(seen=["Could not name {his} medications.", "Poor understanding of {his} pills on teach-back.", "Confused about which pills to take.", "Did not understand the new doses."],
              validation=["Teach-back failed twice.", "The pill box was filled wrongly."],
              test=["The medicine list made no sense to {him}.", "{He} guessed at what each tablet was for.",
                    "Explained the drugs three times without success."]),
-    no=dict(seen=["Names all {his} medications.", "Good understanding of {his} pills on teach-back.", "Not confused about which pills to take.",
-                  "Understood the new doses.",
-                  "Able to repeat the medication plan.", "Knows why {he} takes {his} tablets.", "Seems sure about {his} medications.",
-                  "No longer mixes up doses."],
+    no=dict(seen=["Names all {his} medications.", "Good understanding of {his} pills on teach-back.", "Not confused about which pills to take.", "Understood the new doses."],
             validation=["Teach-back passed at once.", "The pill box was filled correctly."],
             test=["The medicine list made sense to {him}.", "{He} told us what each tablet was for.",
                   "Explained the drugs back to us with success."]),
     other=["{His} {rel} is confused about some pills.", "{His} father could not name his medications."])
 
-# %% ../../nbs/ehr/notes.ipynb #21c8c17b
+# %% ../../nbs/ehr/notes.ipynb #7fb5203e
 NO_TRANSPORT = dict(
-    yes=dict(seen=["Has no transportation to clinic.", "No car and no bus nearby.", "Does not drive and has no ride.",
-                   "Cannot get to appointments without a ride, none available.",
-                   "Transport is a problem.", "Relies on rides that often fall through.", "Lost {his} license, has no other way to travel.",
-                   "Unable to reach the pharmacy."],
+    yes=dict(seen=["Has no transportation to clinic.", "No car and no bus nearby.", "Does not drive and has no ride.", "Cannot get to appointments without a ride, none available."],
              validation=["No means of getting to the office.", "Would have to walk to clinic."],
              test=["Getting here is a struggle, nobody can bring {him}.", "Stranded at home without a vehicle.", "Has no way into town."]),
-    no=dict(seen=["Has transportation to clinic.", "Has a car and drives.", "Does not drive but always has a ride.",
-                  "Gets to appointments without difficulty.",
-                  "Transport is not a problem.", "Has rides that never fall through.", "Lost {his} license, {his} {rel} drives {him}.",
-                  "Able to reach the pharmacy."],
+    no=dict(seen=["Has transportation to clinic.", "Has a car and drives.", "Does not drive but always has a ride.", "Gets to appointments without difficulty."],
             validation=["Has the means of getting to the office.", "A bus to clinic stops outside."],
             test=["Getting here is easy, {his} {rel} can bring {him}.", "Never stranded, a vehicle is at home.", "Goes into town daily."]),
     other=["{His} {rel} has no car.", "Transport to radiology was delayed."])
@@ -276,7 +246,7 @@ def _facts(row, draws: Draws, new_share: float) -> dict:
     if draws.chance(0.35): said[draws.pick(["family", "social"])].append(draws.pick(WORDINGS[draws.pick(FACTS)]["other"]))
     return said
 
-# %% ../../nbs/ehr/notes.ipynb #c270e99a
+# %% ../../nbs/ehr/notes.ipynb #15ef769c
 def _capital(text: str) -> str: return text[0].upper() + text[1:]
 
 def _sections(row, draws: Draws, new_share: float) -> dict:
@@ -290,17 +260,17 @@ def _sections(row, draws: Draws, new_share: float) -> dict:
                        f"Hb {row.haemoglobin:.1f} and stable.", f"HR {row.heart_rate:.0f} at discharge."])
     short = row.short_note
     onset = draws.pick(ONSET)
-    sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *([] if short or row.reason.startswith("planned") else [onset]), *said["hpi"]],
+    sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *([] if short or row.reason.startswith("planned") or draws.chance(0.7) else [onset]), *said["hpi"]],
                     pmh=[_capital(", ".join(known)) + "." if known else draws.pick(["None.", "No chronic illness."])],
                     course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.",
-                        *draws.shuffle(ROUTINE)[:3]])],
-                    social=[*said["social"], *([] if short and said["social"] else [draws.pick(HABITS)])],
-                    family=[*said["family"], *([] if short else [draws.pick(FAMILY)])],
-                    plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short else [draws.pick(ADVICE)])])
+                        *draws.shuffle(ROUTINE)[:1]])],
+                    social=[*said["social"], *([] if said["social"] and (short or draws.chance(0.6)) else [draws.pick(HABITS)])],
+                    family=[*said["family"], *([] if short or draws.chance(0.5) else [draws.pick(FAMILY)])],
+                    plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short or draws.chance(0.7) else [draws.pick(ADVICE)])])
     if row.disposition == "EXPIRED": sections["plan"] = [draws.pick(GOES["EXPIRED"])]
     return {k: draws.shuffle(v) if k in ("social", "course") else v for k, v in sections.items() if v}
 
-# %% ../../nbs/ehr/notes.ipynb #b054d31e
+# %% ../../nbs/ehr/notes.ipynb #370b24ce
 def write_note(row,                 # a stay: attributes as `write_notes` asks for
                uniforms,            # (128,) uniform numbers in [0, 1) that drive every choice of this note
                new_share: float,    # share of facts stated in a wording of the split's own, in [0, 1]
@@ -311,7 +281,7 @@ def write_note(row,                 # a stay: attributes as `write_notes` asks f
     first, rest = "hpi", draws.shuffle([s for s in sections if s != "hpi"])
     body = {s: (draws.pick(HEADINGS[s]) + " " if row.site != "Hill" or draws.chance(0.4) else "") + " ".join(sections[s]) for s in [first, *rest]}
     if row.site == "Lake": body = {s: ABBREVIATE.sub(lambda m: ABBREVIATIONS[m[0]], t) for s, t in body.items()}
-    planted = draws.shuffle(PHI_CLASSES)[: 1 + int(next(draws.uniforms) * 2.5)]
+    planted = draws.shuffle(PHI_CLASSES)[: int(next(draws.uniforms) * 2.2)]
     head = draws.pick(["⟦names|{names}⟧, MRN ⟦mrn|{mrn}⟧.", "Patient: ⟦names|{names}⟧.",
                        "Discharge summary, ⟦names|{names}⟧, ⟦dates_ages|{discharged}⟧."])
     tail = " ".join(draws.pick(PLANTED[c]) for c in planted)
