@@ -21,8 +21,8 @@ __all__ = ['INTERCEPT', 'TABLE_TERMS', 'FACT_TERMS', 'FACT_PREVALENCE', 'WRITTEN
            'written_logit', 'draw_next', 'simulate', 'draw_splits', 'person_events', 'stay_events',
            'measurement_events', 'drug_events', 'Hospital', 'make_hospital', 'bayes_auroc']
 
-# %% ../../nbs/ehr/hospital.ipynb #0c7dc17e
-INTERCEPT = -5.9
+# %% ../../nbs/ehr/hospital.ipynb #35957075
+INTERCEPT = -5.4
 TABLE_TERMS = dict(                                 # column: (subtract, divide by, coefficient)
     age=(65, 10, 0.14),                             # years
     prior_unplanned=(0, 1, 0.45),                   # unplanned admissions in the 365 days before this one, at most 3

@@ -25,7 +25,7 @@ from ..models.local import LocalModel
 __all__ = ['TARGETS', 'answer_ids', 'only_layers', 'frozen_states', 'log_odds', 'Adapter', 'balanced', 'train_lora',
            'save_adapter', 'load_adapter']
 
-# %% ../../nbs/tuning/lora.ipynb #a7b778ff
+# %% ../../nbs/tuning/lora.ipynb #79cc7aaf
 def _backbone(model): return getattr(model, model.base_model_prefix)
 
 def answer_ids(model: LocalModel,       # the model
@@ -37,6 +37,8 @@ def answer_ids(model: LocalModel,       # the model
         raise ParameterError(f"fine-tuning on answers needs two different choices of one token each; {list(choices)} have {[len(i) for i in ids]} tokens. Use short words such as Yes and No.")
     return ids[0][0], ids[1][0]
 
+def _autocast(model): return torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16")
+
 @contextmanager
 def only_layers(model: LocalModel, start: int, stop: int):
     "Run only the layers from `start` up to `stop`; the last norm belongs to the last layer"
@@ -46,23 +48,23 @@ def only_layers(model: LocalModel, start: int, stop: int):
     try: yield body
     finally: body.layers, body.norm = layers, norm
 
-# %% ../../nbs/tuning/lora.ipynb #ac1a3423
+# %% ../../nbs/tuning/lora.ipynb #5ffbb331
 @torch.no_grad()
 def frozen_states(model: LocalModel,        # the model
                   prompts: list,            # rendered prompts, length n
                   frozen: int,              # how many layers are frozen; 0 gives the embeddings
                   batch_size: int = 8,
                   progress: bool = False,
-                  ) -> list:                # n tensors (tokens, width), bfloat16
+                  ) -> list:                # n tensors (tokens, width), in the model's precision
     "What the frozen layers say about each prompt; a prompt that does not fit is refused, never cut"
-    tokens, out, model_device = model._encode(prompts), [None] * len(prompts), next(model.model.parameters()).device
+    tokens, out = model._encode(prompts), [None] * len(prompts)
     if (longest := max(map(len, tokens))) > model.max_length: raise ModelError(f"the longest prompt has {longest} tokens and the model takes {model.max_length}. Lower the budget of the text.")
     order, pad = np.argsort([len(t) for t in tokens], kind="stable"), model.tokenizer.pad_token_id or 0
     for i in tqdm(range(0, len(order), batch_size), desc="frozen layers", disable=not progress, leave=False):
         rows = order[i:i + batch_size]; width = max(len(tokens[r]) for r in rows)
-        grid = torch.tensor([tokens[r] + [pad] * (width - len(tokens[r])) for r in rows], device=model_device)
-        with torch.autocast(model_device.type, torch.bfloat16), only_layers(model, 0, frozen) as body: states = body(input_ids=grid, use_cache=False).last_hidden_state
-        for r, s in zip(rows, states): out[r] = s[:len(tokens[r])].to(torch.bfloat16).clone()
+        grid = torch.tensor([tokens[r] + [pad] * (width - len(tokens[r])) for r in rows], device=model.device)
+        with _autocast(model), only_layers(model, 0, frozen) as body: states = body(input_ids=grid, use_cache=False).last_hidden_state
+        for r, s in zip(rows, states): out[r] = s[:len(tokens[r])].to(getattr(torch, model.precision)).clone()
     return out
 
 def log_odds(model: LocalModel,         # the model, with or without an adapter
@@ -72,7 +74,7 @@ def log_odds(model: LocalModel,         # the model, with or without an adapter
              ) -> torch.Tensor:         # log-odds of the first answer, float32, (b,)
     "Log-odds of the first answer against the second after each prompt"
     x, last = pad_sequence([s.float() for s in states], batch_first=True), torch.tensor([len(s) - 1 for s in states])
-    with torch.autocast(x.device.type, torch.bfloat16), only_layers(model, frozen, model.model.config.num_hidden_layers) as body:
+    with _autocast(model), only_layers(model, frozen, model.model.config.num_hidden_layers) as body:
         hidden = body(inputs_embeds=x, use_cache=False).last_hidden_state       # padded on the right: a causal model does not look there
     head = model.model.get_output_embeddings().weight
     with torch.autocast(x.device.type, enabled=False):
