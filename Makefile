@@ -23,7 +23,7 @@ run: $(READY)    ## install, fetch the default model, run every experiment, buil
 	@clinllm run; failed=$$?; clinllm site && exit $$failed
 
 test: $(READY)   ## install, run the notebook tests and pytest
-	nbdev-test --n_workers 2 --do_print
+	nbdev-test --n-workers 2 --do-print
 	python -m pytest -q
 
 lab: $(READY)    ## open JupyterLab on nbs/index.ipynb
