@@ -86,7 +86,7 @@ def test_adapter_and_training_mode(folder):
 
 def test_bfloat16_layers_keep_a_float32_head(folder, model):
     fast = LocalModel(folder, precision="bfloat16", device="cpu")
-    with fast._inference(): assert fast._logits(fast._hidden([[1, 2, 3]])).dtype == torch.float32
+    with fast._inference(): assert fast._logits(fast._read([[1, 2, 3]])[0]).dtype == torch.float32
     np.testing.assert_allclose(choice_probability(fast.score(NOTES, SETS[0])), choice_probability(model.score(NOTES, SETS[0])), atol=0.03)
 
 

@@ -21,8 +21,8 @@ __all__ = ['INTERCEPT', 'TABLE_TERMS', 'FACT_TERMS', 'FACT_PREVALENCE', 'WRITTEN
            'written_logit', 'draw_next', 'simulate', 'draw_splits', 'person_events', 'stay_events',
            'measurement_events', 'drug_events', 'Hospital', 'make_hospital', 'bayes_auroc']
 
-# %% ../../nbs/ehr/hospital.ipynb #35957075
-INTERCEPT = -5.4
+# %% ../../nbs/ehr/hospital.ipynb #3f2246fc
+INTERCEPT = -5.8
 TABLE_TERMS = dict(                                 # column: (subtract, divide by, coefficient)
     age=(65, 10, 0.14),                             # years
     prior_unplanned=(0, 1, 0.45),                   # unplanned admissions in the 365 days before this one, at most 3
@@ -35,7 +35,7 @@ TABLE_TERMS = dict(                                 # column: (subtract, divide 
     n_drugs=(10, 5, 0.35),                          # different drugs in the stay
     medicaid=(0, 1, 0.30),                          # insured by Medicaid: 0 or 1
     site_lake=(0, 1, 0.30), site_hill=(0, 1, -0.20))    # against site North: 0 or 1
-FACT_TERMS = dict(living_alone=3.0, missed_follow_up=2.8, needs_help=0.8, medication_confusion=0.3, no_transport=0.3)
+FACT_TERMS = dict(living_alone=2.5, missed_follow_up=2.4, needs_help=2.0, medication_confusion=1.0, no_transport=0.8)
 
 # %% ../../nbs/ehr/hospital.ipynb #3dcbdeb1
 FACT_PREVALENCE = dict(living_alone=0.30, missed_follow_up=0.28, needs_help=0.30, medication_confusion=0.25, no_transport=0.20)

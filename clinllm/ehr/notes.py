@@ -16,66 +16,68 @@ __all__ = ['LIVING_ALONE', 'MISSED_FOLLOW_UP', 'NEEDS_HELP', 'MEDICATION_CONFUSI
            'ABBREVIATIONS', 'ABBREVIATE', 'GOES', 'FAMILY', 'CHECKUP', 'ROUTINE', 'ONSET', 'HABITS', 'ADVICE',
            'HOME_SECTION', 'wordings', 'take_marks', 'identity', 'Draws', 'write_note', 'write_notes']
 
-# %% ../../nbs/ehr/notes.ipynb #c16734e9
+# %% ../../nbs/ehr/notes.ipynb #6ac4a783
 LIVING_ALONE = dict(
-    yes=dict(seen=["Lives alone.", "{He} has lived by {him}self since {his} spouse died.", "Widowed, no one else in the home.", "Lived with {his} {rel} until last year, now on {his} own."],
-             validation=["There is nobody else in the household.", "Returns to an apartment that {he} shares with no one.",
-                         "No housemate since the divorce."],
-             test=["Nobody shares {his} home.", "Goes back to an empty house.", "{He} is the only person in the household.",
+    yes=dict(seen=["Lives alone.", "{He} lives by {him}self.", "Alone at home since {his} spouse died.", "Widowed, nobody else at home.", "On {his} own, no family nearby.",
+                   "Does not live with family any more; alone."],
+             validation=["There is nobody else in the household.", "Returns to an apartment that {he} shares with no one.", "No housemate since the divorce.",
+                         "Isolated, no visitors."],
+             test=["Nobody shares {his} home.", "Goes back to an empty house.", "{He} is the only person in the household.", "Lonely at home, no companion.",
                    "No longer shares the house: {his} {rel} moved out."]),
-    no=dict(seen=["Lives with {his} {rel}.", "Denies living alone.", "Does not live alone; {his} {rel} is at home.", "Previously lived alone, now with {his} {rel}."],
-            validation=["There is always somebody else in the household.", "Never by {him}self overnight: {his} {rel} sleeps next door.",
-                        "Shares {his} apartment with a cousin."],
-            test=["Has company at home day and night.", "{His} {rel} shares {his} home.",
-                  "An old note says alone; in fact {his} {rel} lives there too.", "The house is never empty, {his} {rel} works from home."]),
+    no=dict(seen=["Lives with {his} {rel}.", "Lives at home with family.", "{His} {rel} lives with {him} and helps.", "Shares a house with {his} {rel}.", "Supportive family at home.",
+                  "Does not live alone; {his} {rel} is there."],
+            validation=["There is always somebody else in the household.", "Shares {his} apartment with a cousin.", "{His} {rel} sleeps next door and helps.", "Good company at home."],
+            test=["Has company at home day and night.", "{His} {rel} shares {his} home.", "The house is full of family.", "A caring household, {his} {rel} works from home.",
+                  "An old note says alone; in fact {his} {rel} lives there too."]),
     other=["{His} brother lives alone and is well.", "A neighbor who lives alone visits weekly.", "{His} mother lived with family until her death.",
            "{His} sister lives with her husband."])
 
-# %% ../../nbs/ehr/notes.ipynb #a8de8ec7
+# %% ../../nbs/ehr/notes.ipynb #05609965
 MISSED_FOLLOW_UP = dict(
-    yes=dict(seen=["Missed {his} last two clinic appointments.", "Did not come to follow-up after the last visit.", "No-show to clinic twice this year.", "Has not seen {his} PCP in over a year."],
-             validation=["The outpatient team has been unable to get {him} to come in.", "Canceled every recent visit.",
-                         "Seldom turns up at the office."],
-             test=["Clinic reports that {he} never showed.", "Outpatient visits went unattended.", "{He} has stayed away from {his} doctors.",
-                   "Booked visits passed without {him}."]),
-    no=dict(seen=["Keeps all clinic appointments.", "Came to follow-up after the last visit.", "No missed appointments this year.", "Saw {his} PCP two weeks ago."],
+    yes=dict(seen=["Missed {his} last two clinic appointments.", "No-show to clinic twice this year.", "Lost to follow-up.", "Has not seen a doctor in over a year.",
+                   "Never came back after the last visit.", "Does not keep {his} appointments."],
+             validation=["The outpatient team has been unable to get {him} to come in.", "Canceled every recent visit.", "Seldom turns up at the office."],
+             test=["Clinic reports that {he} never showed.", "Outpatient visits went unattended.", "{He} has stayed away from {his} doctors.", "Skipped the booked visits.",
+                   "Said to be adherent, but attended no visit."]),
+    no=dict(seen=["Keeps all clinic appointments.", "Saw {his} PCP two weeks ago.", "Regular follow-up in clinic.", "Came to every clinic visit.", "Well known to clinic, seen monthly.",
+                  "No missed appointments this year."],
             validation=["The outpatient team sees {him} every month.", "Comes in for every recent visit.", "Always turns up at the office."],
-            test=["Clinic reports that {he} never fails to show.", "No outpatient visit went unattended.",
-                  "{He} stays in close touch with {his} doctors.", "Each booked visit took place."]),
+            test=["{He} stays in close touch with {his} doctors.", "Each booked visit took place.", "Reliable, attends as planned.", "Seen often by the outpatient team.",
+                  "Clinic reports that {he} never fails to show."]),
     other=["{His} mother missed her own appointments for years.", "{His} {rel} was lost to follow-up after a stroke.",
            "{His} brother keeps all clinic appointments.", "Clinic missed calling {his} {rel} back."])
 
-# %% ../../nbs/ehr/notes.ipynb #38ec53d3
+# %% ../../nbs/ehr/notes.ipynb #effda772
 NEEDS_HELP = dict(
-    yes=dict(seen=["Needs help with bathing and dressing.", "Dependent for most ADLs.", "Requires assistance to stand and walk.", "Not independent in ADLs."],
+    yes=dict(seen=["Needs help with bathing and dressing.", "Dependent for most ADLs.", "Requires assistance to stand and walk.", "Cannot walk without help.", "Frail, in bed most of the day.",
+                   "Not independent in ADLs."],
              validation=["Could not get out of the chair unaided.", "Another person must wash {him}.", "PT: two-person transfer."],
-             test=["Cannot care for {him}self physically.", "Someone has to lift {him} from bed.", "PT found {him} unsafe on {his} feet.",
+             test=["Cannot care for {him}self physically.", "Someone has to lift {him} from bed.", "PT found {him} unsafe on {his} feet.", "Too weak to wash or dress.",
                    "Self-care is beyond {him} at present."]),
-    no=dict(seen=["Independent in all ADLs.", "Denies needing help with bathing or dressing.", "Walks without assistance.", "Not dependent for any ADLs."],
-            validation=["Got out of the chair unaided.", "Washes and dresses unassisted.", "PT: discharged from therapy, walks a mile."],
-            test=["Cares for {him}self physically.", "Gets up from bed with no one lifting.", "PT found {him} safe and steady on {his} feet.",
+    no=dict(seen=["Independent in all ADLs.", "Walks without assistance.", "Bathes and dresses easily.", "Active, walks a mile daily.", "Strong and steady on {his} feet.",
+                  "Denies needing help with dressing."],
+            validation=["Got out of the chair unaided.", "Washes and dresses unassisted.", "PT: discharged from therapy, walks well."],
+            test=["Cares for {him}self physically.", "Gets up from bed with no one lifting.", "PT found {him} safe and steady.", "Fit and mobile, climbs stairs.",
                   "Self-care is no trouble for {him}."]),
     other=["{His} mother needs help with bathing.", "Cares for {his} {rel}, who is dependent for ADLs.", "{His} father was independent until age 85.",
            "{His} sister needs a walker."])
 
-# %% ../../nbs/ehr/notes.ipynb #d62e3374
+# %% ../../nbs/ehr/notes.ipynb #6a84cf32
 MEDICATION_CONFUSION = dict(
-    yes=dict(seen=["Could not name {his} medications.", "Poor understanding of {his} pills on teach-back.", "Confused about which pills to take.", "Did not understand the new doses."],
+    yes=dict(seen=["Could not name {his} medications.", "Poor understanding of {his} pills.", "Confused about which pills to take.", "Did not understand the new doses.", "Takes {his} pills wrongly."],
              validation=["Teach-back failed twice.", "The pill box was filled wrongly."],
-             test=["The medicine list made no sense to {him}.", "{He} guessed at what each tablet was for.",
-                   "Explained the drugs three times without success."]),
-    no=dict(seen=["Names all {his} medications.", "Good understanding of {his} pills on teach-back.", "Not confused about which pills to take.", "Understood the new doses."],
+             test=["The medicine list made no sense to {him}.", "{He} guessed at what each tablet was for.", "Unsure of {his} tablets.", "Explained the drugs three times without success."]),
+    no=dict(seen=["Names all {his} medications.", "Good understanding of {his} pills.", "Takes {his} pills correctly.", "Understood the new doses.", "Not confused about {his} pills."],
             validation=["Teach-back passed at once.", "The pill box was filled correctly."],
-            test=["The medicine list made sense to {him}.", "{He} told us what each tablet was for.",
-                  "Explained the drugs back to us with success."]),
+            test=["The medicine list made sense to {him}.", "{He} told us what each tablet was for.", "Sure of {his} tablets.", "Explained the drugs back to us with success."]),
     other=["{His} {rel} is confused about some pills.", "{His} father could not name his medications."])
 
-# %% ../../nbs/ehr/notes.ipynb #7fb5203e
+# %% ../../nbs/ehr/notes.ipynb #2485faab
 NO_TRANSPORT = dict(
-    yes=dict(seen=["Has no transportation to clinic.", "No car and no bus nearby.", "Does not drive and has no ride.", "Cannot get to appointments without a ride, none available."],
+    yes=dict(seen=["Has no transportation to clinic.", "No car and no bus nearby.", "Does not drive and has no ride.", "Cannot get to clinic, no ride available."],
              validation=["No means of getting to the office.", "Would have to walk to clinic."],
              test=["Getting here is a struggle, nobody can bring {him}.", "Stranded at home without a vehicle.", "Has no way into town."]),
-    no=dict(seen=["Has transportation to clinic.", "Has a car and drives.", "Does not drive but always has a ride.", "Gets to appointments without difficulty."],
+    no=dict(seen=["Has transportation to clinic.", "Has a car and drives.", "{His} {rel} drives {him} to clinic.", "Gets to clinic without difficulty."],
             validation=["Has the means of getting to the office.", "A bus to clinic stops outside."],
             test=["Getting here is easy, {his} {rel} can bring {him}.", "Never stranded, a vehicle is at home.", "Goes into town daily."]),
     other=["{His} {rel} has no car.", "Transport to radiology was delayed."])
@@ -112,15 +114,11 @@ def take_marks(marked: str,     # a note with identifiers marked `⟦class|text�
         length += len(m[2]); last = m.end()
     return "".join(parts) + marked[last:], spans
 
-# %% ../../nbs/ehr/notes.ipynb #903b3185
-FIRST = dict(Female=["Odalys", "Wilhelmina", "Tamsin", "Ottoline", "Marisol", "Ingrid", "Peregrine", "Calliope", "Saoirse", "Benedetta", "Yevgenia",
-                     "Philippa"],
-             Male=["Thaddeus", "Ignatius", "Caspian", "Leopold", "Evander", "Barnaby", "Rafferty", "Emeric", "Zoltan", "Lysander", "Anselm",
-                   "Octavio"])
-LAST = ["Fenwick", "Abernathy", "Quillfeather", "Marlowe", "Okonjo-Test", "Brandywine", "Castellanos", "Thistlewood", "Vandermeer", "Pemberly",
-        "Larkspur", "Ashdown",
-        "Featherstone", "Gallowglass", "Hollis-Test", "Isherwood", "Juniper", "Kestrel", "Lindqvist", "Montefiore", "Nightingale", "Ostrander",
-        "Pettibone"]
+# %% ../../nbs/ehr/notes.ipynb #70e97dfc
+FIRST = dict(Female=["Ada", "Willow", "Ruby", "Hazel", "Marina", "Ingrid", "Pearl", "Flora", "Ivy", "Olive", "Vera", "Opal"],
+             Male=["Ted", "Jasper", "Leo", "Rex", "Evan", "Barnaby", "Felix", "Emil", "Otto", "Lars", "Hugo", "Oscar"])
+LAST = ["Testwick", "Abernathy", "Quill", "Marlow-Test", "Okonjo", "Brandy-Test", "Castella", "Thistle", "Vander-Test", "Ember", "Larkspur", "Ashdown",
+        "Feather", "Gallow", "Hollis-Test", "Sherwood", "Juniper", "Kestrel", "Lindqvist", "Monte-Test", "Nightingale", "Ostrander", "Pebble"]
 STREETS = ["Quill Lane", "Larch Court", "Mill Row", "Heron Way", "Orchard Close"]
 TOWNS = ["Ferndale", "Port Ellery", "Marsh End", "Little Dunmore", "Saltby"]
 
@@ -246,7 +244,7 @@ def _facts(row, draws: Draws, new_share: float) -> dict:
     if draws.chance(0.35): said[draws.pick(["family", "social"])].append(draws.pick(WORDINGS[draws.pick(FACTS)]["other"]))
     return said
 
-# %% ../../nbs/ehr/notes.ipynb #15ef769c
+# %% ../../nbs/ehr/notes.ipynb #8e7a784d
 def _capital(text: str) -> str: return text[0].upper() + text[1:]
 
 def _sections(row, draws: Draws, new_share: float) -> dict:
@@ -255,22 +253,20 @@ def _sections(row, draws: Draws, new_share: float) -> dict:
     age = f"⟦dates_ages|{row.age:.0f}⟧" if row.age > 89 else f"{row.age:.0f}"
     who = draws.pick([f"{age} yo {'woman' if row.sex == 'Female' else 'man'}", f"{age}{'F' if row.sex == 'Female' else 'M'}"])
     known = [draws.pick(CHRONIC_WORDS[c]) for c in row.chronic]
-    labs = draws.pick([f"Cr {row.creatinine_first:.1f} on arrival, {row.creatinine:.1f} at the end.",
-                       f"Last Hb {row.haemoglobin:.1f}, Na {row.sodium:.0f}.", f"Na {row.sodium:.0f}, creatinine {row.creatinine:.1f}.",
+    labs = draws.pick([f"Cr {row.creatinine_first:.1f}, then {row.creatinine:.1f}.", f"Na {row.sodium:.0f}.", f"Creatinine {row.creatinine:.1f}.",
                        f"Hb {row.haemoglobin:.1f} and stable.", f"HR {row.heart_rate:.0f} at discharge."])
     short = row.short_note
     onset = draws.pick(ONSET)
-    sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *([] if short or row.reason.startswith("planned") or draws.chance(0.7) else [onset]), *said["hpi"]],
+    sections = dict(hpi=[f"{who} with {draws.pick(came)}.", *([] if short or row.reason.startswith("planned") or draws.chance(0.85) else [onset]), *said["hpi"]],
                     pmh=[_capital(", ".join(known)) + "." if known else draws.pick(["None.", "No chronic illness."])],
-                    course=[draws.pick(done), labs, *([] if short else [f"Stayed {row.los:.0f} days." if row.los >= 2 else "Short stay.",
-                        *draws.shuffle(ROUTINE)[:1]])],
-                    social=[*said["social"], *([] if said["social"] and (short or draws.chance(0.6)) else [draws.pick(HABITS)])],
-                    family=[*said["family"], *([] if short or draws.chance(0.5) else [draws.pick(FAMILY)])],
-                    plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short or draws.chance(0.7) else [draws.pick(ADVICE)])])
+                    course=[draws.pick(done), *([] if short else [labs, *([] if draws.chance(0.6) else [draws.pick(ROUTINE)])])],
+                    social=[*said["social"], *([] if said["social"] and (short or draws.chance(0.7)) else [draws.pick(HABITS)])],
+                    family=[*said["family"], *([] if short or draws.chance(0.7) else [draws.pick(FAMILY)])],
+                    plan=[*said["plan"], draws.pick(GOES[row.disposition]), draws.pick(CHECKUP), *([] if short or draws.chance(0.85) else [draws.pick(ADVICE)])])
     if row.disposition == "EXPIRED": sections["plan"] = [draws.pick(GOES["EXPIRED"])]
     return {k: draws.shuffle(v) if k in ("social", "course") else v for k, v in sections.items() if v}
 
-# %% ../../nbs/ehr/notes.ipynb #370b24ce
+# %% ../../nbs/ehr/notes.ipynb #f43feb2f
 def write_note(row,                 # a stay: attributes as `write_notes` asks for
                uniforms,            # (128,) uniform numbers in [0, 1) that drive every choice of this note
                new_share: float,    # share of facts stated in a wording of the split's own, in [0, 1]
@@ -282,8 +278,7 @@ def write_note(row,                 # a stay: attributes as `write_notes` asks f
     body = {s: (draws.pick(HEADINGS[s]) + " " if row.site != "Hill" or draws.chance(0.4) else "") + " ".join(sections[s]) for s in [first, *rest]}
     if row.site == "Lake": body = {s: ABBREVIATE.sub(lambda m: ABBREVIATIONS[m[0]], t) for s, t in body.items()}
     planted = draws.shuffle(PHI_CLASSES)[: int(next(draws.uniforms) * 2.2)]
-    head = draws.pick(["⟦names|{names}⟧, MRN ⟦mrn|{mrn}⟧.", "Patient: ⟦names|{names}⟧.",
-                       "Discharge summary, ⟦names|{names}⟧, ⟦dates_ages|{discharged}⟧."])
+    head = draws.pick(["⟦names|{names}⟧, MRN ⟦mrn|{mrn}⟧.", "Patient: ⟦names|{names}⟧.", "⟦names|{names}⟧.", "⟦names|{names}⟧, ⟦dates_ages|{discharged}⟧."])
     tail = " ".join(draws.pick(PLANTED[c]) for c in planted)
     return "\n".join([head, *body.values(), tail]).format_map(words)
 

@@ -15,7 +15,7 @@ from ..core.errors import ModelError
 # %% auto #0
 __all__ = ['Generation', 'LanguageModel', 'check_texts', 'check_choices', 'choice_probability', 'FakeModel']
 
-# %% ../../nbs/models/language_model.ipynb #298dcca9
+# %% ../../nbs/models/language_model.ipynb #dc2bf985
 @dataclass(frozen=True)
 class Generation:
     "One generated answer"
@@ -29,7 +29,7 @@ class LanguageModel(Protocol):
     "What every backend offers"
     name: str               # as in settings.ini
     fingerprint: str        # changes when the weights do, as far as the backend can tell
-    def score(self, prompts: list, choices: list, progress: bool = False) -> np.ndarray: ...   # (n, k) float64, log-probabilities; NaN = failed
+    def score(self, prompts: list, choices: list, progress: bool = False, on_error: str = "raise") -> np.ndarray: ...   # (n, k) float64, log-probabilities; with on_error="nan" a row that failed is NaN
     def generate(self, prompts: list, max_tokens: int = 128, progress: bool = False) -> list: ...  # n `Generation`s
     def embed(self, texts: list) -> np.ndarray: ...                                            # (n, d) float32
     def count_tokens(self, text: str) -> int: ...                                              # ≥ 0
@@ -66,7 +66,7 @@ def choice_probability(scores,             # log-probabilities, shape (n, k); Na
         e = np.exp(scores - scores.max(axis=1, keepdims=True))
         return e[:, positive] / e.sum(axis=1)
 
-# %% ../../nbs/models/language_model.ipynb #c2f78277
+# %% ../../nbs/models/language_model.ipynb #ae5228c6
 def _noise(text: str, n: int) -> np.ndarray:
     "`n` numbers in [-1, 1) that depend on the text only"
     raw = b"".join(hashlib.sha256(f"{i}|{text}".encode()).digest() for i in range(-(-n // 32)))
@@ -77,16 +77,19 @@ class FakeModel:
     def __init__(self, weights: dict | None = None,  # word or phrase → shift of the first choice's log-odds where it occurs
                  answer="yes",                       # what `generate` says: a text, or a function of the prompt
                  noise: float = 1.0,                 # scale of the hash in the log-odds, ≥ 0
-                 name: str = "fake"):                # name of the model
-        self.weights, self.answer, self.noise, self.name = dict(weights or {}), answer, noise, name
+                 name: str = "fake",                 # name of the model
+                 max_length: int = 10**9):           # longest prompt, words
+        self.weights, self.answer, self.noise, self.name, self.max_length = dict(weights or {}), answer, noise, name, max_length
         self.fingerprint = hashlib.sha256(repr((sorted(self.weights.items()), str(answer) if isinstance(answer, str) else "function", noise)).encode()).hexdigest()[:16]
 
-    def score(self, prompts, choices, progress=False) -> np.ndarray:
+    def score(self, prompts, choices, progress=False, on_error="raise") -> np.ndarray:
         "Log-probabilities; the first choice's log-odds are the weights found plus noise"
         prompts, choices = check_texts(prompts), check_choices(choices)
+        long = np.array([self.count_tokens(p) > self.max_length for p in prompts], bool)
+        if long.any() and on_error == "raise": raise ModelError(f"row {int(long.argmax())} is longer than {self.max_length} words ({long.sum()} of {len(prompts)} rows).")
         z = np.array([[self.noise * _noise(p + c, 1)[0] for c in choices] for p in prompts]).reshape(-1, len(choices))
         z[:, 0] += [sum(w for word, w in self.weights.items() if word in p) for p in prompts]
-        return z - np.logaddexp.reduce(z, axis=1, keepdims=True)
+        return np.where(long[:, None], np.nan, z - np.logaddexp.reduce(z, axis=1, keepdims=True))
 
     def generate(self, prompts, max_tokens=128, progress=False) -> list:
         "The prepared answer, cut at `max_tokens` words"

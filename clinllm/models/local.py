@@ -185,7 +185,7 @@ def _fitting(self: LocalModel, rows: list, room: int, on_error: str) -> list:
                          "Render it with a smaller token budget, or pass on_error='nan' to leave such rows missing.")
     return sorted(set(range(len(rows))) - set(long))
 
-# %% ../../nbs/models/local.ipynb #4e1ae446
+# %% ../../nbs/models/local.ipynb #1cb12572
 def shared_prefix(rows: list,    # token ids of each prompt, none empty
                   ) -> int:      # tokens that all rows begin with; at least one token of each row is left over
     "Length of the beginning that all rows share"
@@ -211,16 +211,37 @@ def _batches(self: LocalModel, lengths: list, progress: bool, what: str):
     for s in tqdm(starts, what, disable=not progress, leave=False): yield order[s:s + self.batch_size]
 
 @patch
-def _hidden(self: LocalModel, rows: list, past=None) -> torch.Tensor:
-    "Last hidden states of right-padded rows, shape (n, longest, d); `past` is the cache of a shared beginning"
+def _read(self: LocalModel, rows: list, past=None, keep: bool = False) -> tuple:
+    "Last hidden states of right-padded rows, (n, longest, d), and the cache; rows hold token ids, or states (tokens, d) of the layers before; `past` is a cache and is used up"
     width, pad = max(map(len, rows)), self.tokenizer.pad_token_id or 0
-    ids = torch.tensor([r + [pad] * (width - len(r)) for r in rows], device=self.device)
-    if past is None: return self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    past = copy.deepcopy(past); start = past.get_seq_length(); past.batch_repeat_interleave(len(rows))
-    positions = torch.arange(start, start + width, device=self.device).expand(len(rows), -1)
-    return self.base.base_model(input_ids=ids, position_ids=positions, past_key_values=past, use_cache=True).last_hidden_state
+    if torch.is_tensor(rows[0]): given = dict(inputs_embeds=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float())
+    else: given = dict(input_ids=torch.tensor([r + [pad] * (width - len(r)) for r in rows], device=self.device))
+    if past is not None:
+        start = past.get_seq_length(); past.batch_repeat_interleave(len(rows))
+        given |= dict(past_key_values=past, position_ids=torch.arange(start, start + width, device=self.device).expand(len(rows), -1))
+    out = self.base.base_model(**given, use_cache=keep or past is not None)
+    return out.last_hidden_state, out.past_key_values
 
-# %% ../../nbs/models/local.ipynb #61dee74d
+@patch
+@contextmanager
+def only_layers(self: LocalModel,
+                start: int = 0,             # first layer that is run, counted from 0
+                stop: int | None = None,    # the layer before which to stop; all by default
+                normed: bool = True,        # whether the final normalization is applied to the result
+                ):
+    "The model with some of its layers only, inside the `with` block; those after the first read states instead of tokens"
+    body = self.base.base_model; full, norm = getattr(body, "layers", None), getattr(body, "norm", None)
+    if start == 0 and stop is None and normed: yield; return
+    if full is None or norm is None: raise ModelError(f"{self.name}: this architecture does not name its layers in the usual way, so a part of them cannot be run. Use all layers.")
+    if not 0 <= start <= (stop := len(full) if stop is None else stop) <= len(full): raise ModelError(f"layers must lie in [0, {len(full)}], got {start} to {stop}.")
+    def number(layers):     # a layer finds its place in the cache by its number
+        for i, layer in enumerate(layers): layer.self_attn.layer_idx = i
+    try:
+        body.layers, body.norm = full[start:stop], norm if normed else torch.nn.Identity()
+        number(body.layers); yield
+    finally: body.layers, body.norm = full, norm; number(full)
+
+# %% ../../nbs/models/local.ipynb #a0773ccc
 @patch
 def _logits(self: LocalModel, hidden: torch.Tensor) -> torch.Tensor:
     "Logits over the vocabulary in float32, whatever the precision of the layers"
@@ -237,11 +258,11 @@ def _check_head(self: LocalModel):
     if self._head_checked: return
     ids = torch.tensor([[1, 2, 3]], device=self.device)
     with self._inference(), torch.autocast(self.device.type, enabled=False):
-        ours, own = self._logits(self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state), self.base(input_ids=ids).logits.float()
+        ours, own = self._logits(self._read(ids.tolist())[0]), self.base(input_ids=ids).logits.float()
     if not torch.allclose(ours, own, rtol=0.05, atol=0.05 * own.abs().max().item()): raise ModelError(f"{self.name}: this architecture changes its logits in a way that is not known here; label scores would be wrong. Use another model.")
     self._head_checked = True
 
-# %% ../../nbs/models/local.ipynb #280ed740
+# %% ../../nbs/models/local.ipynb #002d2141
 @patch
 def score(self: LocalModel,
           prompts: list,              # n texts
@@ -263,7 +284,7 @@ def score(self: LocalModel,
         past, cut = self._shared([rows[i] for i in keep])
         for batch in self._batches([len(rows[i]) + len(begin[j]) for i, j in items], progress, "scoring"):
             batch = [items[b] for b in batch]
-            hidden = self._hidden([rows[i][cut:] + list(begin[j]) for i, j in batch], past)
+            hidden, _ = self._read([rows[i][cut:] + list(begin[j]) for i, j in batch], copy.deepcopy(past))
             asked = [h[len(rows[i]) - cut - 1:len(rows[i]) - cut + len(begin[j])] for h, (i, j) in zip(hidden, batch)]   # where the choice's tokens are predicted
             logp = iter(torch.log_softmax(self._logits(torch.cat(asked)), -1).split([len(a) for a in asked]))
             for (i, j), lp in zip(batch, logp):
@@ -276,8 +297,7 @@ def _shared(self: LocalModel, rows: list) -> tuple:
     "Cache of the beginning that the rows share and its length; (None, 0) where it would not pay"
     cut = shared_prefix(rows)
     if len(rows) < 3 or cut < self.min_prefix: return None, 0
-    ids = torch.tensor([rows[0][:cut]], device=self.device)
-    return self.base.base_model(input_ids=ids, use_cache=True).past_key_values, cut
+    return self._read([rows[0][:cut]], keep=True)[1], cut
 
 # %% ../../nbs/models/local.ipynb #d5ad17a1
 @patch
@@ -318,29 +338,18 @@ def _answer(self: LocalModel, tokens: list, ends: list) -> Generation:
     text = self.tokenizer.decode(tokens[:n], skip_special_tokens=True).strip()
     return Generation(text, "ok" if text else "unparsed", n, "stop" if n < len(tokens) else "length")
 
-# %% ../../nbs/models/local.ipynb #1ed120ce
-@patch
-@contextmanager
-def first_layers(self: LocalModel, layers: int | None):
-    "The model with its first `layers` layers only, inside the `with` block"
-    backbone = self.base.base_model; full = getattr(backbone, "layers", None)
-    if layers is None: yield; return
-    if full is None: raise ModelError(f"{self.name}: this architecture does not name its layers in the usual way, so layers={layers} cannot be had. Leave layers out.")
-    if not 1 <= layers <= len(full): raise ModelError(f"layers must lie in [1, {len(full)}], got {layers}.")
-    try: backbone.layers = full[:layers]; yield
-    finally: backbone.layers = full
-
+# %% ../../nbs/models/local.ipynb #21164938
 @patch
 def embed(self: LocalModel,
           texts: list,                   # n texts
-          layers: int | None = None,     # run the first so many layers only, 1 to all; all by default
+          layers: int | None = None,     # run the first so many layers only, 0 to all; all by default
           progress: bool = False,        # whether to show a bar
           ) -> np.ndarray:               # (n, d) float32
     "Mean hidden state over the real tokens of each text"
     rows = self._encode(check_texts(texts, "texts")); self._fitting(rows, 0, "raise")
     found = np.full((len(rows), self.base.config.get_text_config().hidden_size), np.nan, dtype="float32")
-    with self._inference(), self.first_layers(layers):
+    with self._inference(), self.only_layers(0, layers):
         for batch in self._batches([len(r) for r in rows], progress, "embedding"):
-            hidden = self._hidden([rows[b] for b in batch])
+            hidden, _ = self._read([rows[b] for b in batch])
             for b, h in zip(batch, hidden): found[b] = h[:len(rows[b])].float().mean(0).cpu().numpy()
     return found

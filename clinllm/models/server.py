@@ -111,7 +111,7 @@ def _generate(self: ServerModel, prompts: list, max_tokens: int = 128, temperatu
 
 ServerModel.chat, ServerModel._by_kind, ServerModel.generate = _chat, _by_kind, _generate
 
-# %% ../../nbs/models/server.ipynb #dddbd031
+# %% ../../nbs/models/server.ipynb #5c0938ba
 def _top(answer: dict | None) -> dict:
     "Token → log-probability of the first answer token, from either dialect; empty when malformed"
     try:
@@ -133,8 +133,8 @@ def _echoed(answer: dict | None, start: int) -> float:
         return float(sum(v for v, o in zip(found["token_logprobs"], at) if o >= start))
     except (TypeError, KeyError, IndexError, ValueError): return math.nan
 
-def _score(self: ServerModel, prompts: list, choices: list, progress: bool = False) -> np.ndarray:
-    "Log-probabilities of the choices, (n, k) float64; NaN where the server did not tell"
+def _score(self: ServerModel, prompts: list, choices: list, progress: bool = False, on_error: str = "nan") -> np.ndarray:
+    "Log-probabilities of the choices, (n, k) float64; NaN where the server did not tell, or with on_error=\"raise\" an error"
     prompts, choices = check_texts(prompts), check_choices(choices)
     if self.scoring == "first token":
         one = dict(max_tokens=1, temperature=0)
@@ -144,7 +144,9 @@ def _score(self: ServerModel, prompts: list, choices: list, progress: bool = Fal
         if any(isinstance(p, ChatPrompt) for p in prompts): raise ModelError("scoring='echo' needs plain prompts, because a chat template is applied by the server. Use scoring='first token'.")
         bodies = [dict(prompt=p + c, max_tokens=0, echo=True, logprobs=1, temperature=0) for p in prompts for c in choices]
         found = [_echoed(a, len(p)) for a, p in zip(self._ask("completions", bodies, progress, "scoring"), [p for p in prompts for _ in choices])]
-    return np.array(found, dtype="float64").reshape(len(prompts), len(choices))
+    scores = np.array(found, dtype="float64").reshape(len(prompts), len(choices)); failed = np.isnan(scores).any(1)
+    if failed.any() and on_error == "raise": raise ModelError(f"the server did not score row {int(failed.argmax())} ({failed.sum()} of {len(prompts)} rows). Pass on_error='nan' to leave such rows missing.")
+    return scores
 
 ServerModel.score = _score
 

@@ -79,7 +79,7 @@ def choose_prompts(names: str,          # names separated by commas
     if wrong := [n for n in wanted if n not in known]: raise ParameterError(unknown_name("prompt", wrong[0], known))
     return {n: known[n] for n in wanted}
 
-# %% ../../nbs/prompting/prompts.ipynb #56467906
+# %% ../../nbs/prompting/prompts.ipynb #f4479e3a
 def ask(model: LanguageModel,       # the model
         prompt: Prompt,             # what to ask
         texts: list,                # patients' texts, length n
@@ -87,8 +87,5 @@ def ask(model: LanguageModel,       # the model
         ) -> dict:                  # y_prob (n,) with NaN where the prompt does not fit, tokens (n,)
     "The probability of the first choice for each text"
     prompts = [prompt.render(t, model) for t in texts]
-    tokens = np.array([model.count_tokens(p) for p in prompts])
-    fits = np.flatnonzero(tokens + 8 <= getattr(model, "max_length", 10**9))
-    y_prob = np.full(len(texts), np.nan)
-    if len(fits): y_prob[fits] = choice_probability(model.score([prompts[i] for i in fits], list(prompt.choices), progress=progress), positive=0)
-    return dict(y_prob=y_prob, tokens=tokens)
+    scores = model.score(prompts, list(prompt.choices), progress=progress, on_error="nan")
+    return dict(y_prob=choice_probability(scores, positive=0), tokens=np.array([model.count_tokens(p) for p in prompts]))
