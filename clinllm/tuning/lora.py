@@ -188,7 +188,7 @@ def _judge(y, z) -> dict:
     "Log loss and AUROC of log-odds"
     return dict(val_loss=float(np.logaddexp(0, np.where(y == 1, -z, z)).mean()), val_auroc=float(roc_auc_score(y, z)) if len(set(y)) == 2 else math.nan)
 
-# %% ../../nbs/tuning/lora.ipynb #2b4d2e9c
+# %% ../../nbs/tuning/lora.ipynb #1131cca7
 def train_lora(model: LocalModel,               # base model; it gets the adapter in place
                prompts,                         # rendered training prompts, length n, or their `States`
                labels,                          # 0 or 1, (n,)
@@ -198,7 +198,7 @@ def train_lora(model: LocalModel,               # base model; it gets the adapte
                choices=("Yes", "No"),           # the two answers; the first stands for label 1
                steps: int = 60,                 # optimiser steps, at least 1
                batch_size: int = 8,             # prompts a step
-               learning_rate: float = 5e-4,     # peak step size of AdamW; the head's is a tenth of it
+               learning_rate: float = 5e-3,     # peak step size of AdamW; the head's is a twentieth of it
                rank: int = 8,                   # rank of the correction
                layers: int = 0,                 # how many layers are corrected, counted back from the last that is read; 0 for all
                depth: int = 0,                  # how many layers are read; 0 for all with answer, for half of them with classification
@@ -218,11 +218,12 @@ def train_lora(model: LocalModel,               # base model; it gets the adapte
     if target == "answer": head = Answer(model, choices)
     else: head = Classification(model.base.config.get_text_config().hidden_size, stop).to(model.device); head.start(read_all(model, states, head.pool, stop, progress), y, offset, seed)
     peft = get_peft_model(model.model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(targets), task_type="CAUSAL_LM", layers_to_transform=list(range(frozen, stop)), layers_pattern="layers"))
-    groups = [dict(params=[p for p in peft.parameters() if p.requires_grad], peak=learning_rate)] + [dict(params=list(head.parameters()), peak=learning_rate / 10)] * (target != "answer")
+    groups = [dict(params=[p for p in peft.parameters() if p.requires_grad], peak=learning_rate)] + [dict(params=list(head.parameters()), peak=learning_rate / 20)] * (target != "answer")
     optimiser, parameters = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.01), [p for g in groups for p in g["params"]]
     keep = lambda: [{k: v.detach().clone() for k, v in part.items()} for part in (get_peft_model_state_dict(peft), head.state_dict())]
     history, running = [dict(step=0, loss=math.nan) | _judge(y_val, read_all(model, val_states, head, head.depth))], []
-    best = (history[0]["val_loss"], 0, keep()); start = best[2][1]
+    quality = lambda h: -h["val_loss"] if math.isnan(h["val_auroc"]) else h["val_auroc"]
+    best = (quality(history[0]), 0, keep()); start = best[2][1]
     bar = tqdm(_epoch_order(len(y), steps, batch_size, rng), desc="LoRA", disable=not progress)
     for step, rows in enumerate(bar, 1):
         model.model.train()
@@ -234,7 +235,7 @@ def train_lora(model: LocalModel,               # base model; it gets the adapte
         running.append(loss.item()); bar.set_postfix(loss=f"{np.mean(running[-10:]):.3f}")
         if step % eval_every == 0 or step == steps:
             history.append(dict(step=step, loss=float(np.mean(running[-eval_every:]))) | _judge(y_val, read_all(model, val_states, head, head.depth)))
-            if history[-1]["val_loss"] < best[0]: best = (history[-1]["val_loss"], step, keep())
+            if quality(history[-1]) > best[0]: best = (quality(history[-1]), step, keep())
     set_peft_model_state_dict(peft, best[2][0]); head.load_state_dict(best[2][1]); model.model.eval()
     info = dict(base=model.name, base_fingerprint=model.fingerprint, target=target, choices=list(choices), frozen=frozen, depth=stop, steps=steps, best_step=best[1], batch_size=batch_size,
                 learning_rate=learning_rate, rank=rank, targets=list(targets), seed=seed, n_train=len(y), n_validation=len(y_val))
