@@ -26,8 +26,9 @@ test: $(READY)   ## install, run the notebook tests and pytest
 	nbdev-test --n-workers 2 --do-print
 	python -m pytest -q
 
+# JupyterLab asks another host for news and updates unless it is told not to.
 lab: $(READY)    ## open JupyterLab on nbs/index.ipynb
-	jupyter lab nbs/index.ipynb
+	jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
 site: $(READY)   ## build the site from the newest runs and serve it
 	clinllm site --serve
