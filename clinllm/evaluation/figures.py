@@ -164,7 +164,7 @@ def group_plot(evidence,                  # `Evidence` of `fairness`, or its fra
     ax = forest(rows.assign(group=[f"{g} ({c})" for g, c in zip(rows["group"], count)]), metric, title, label="group", ax=ax)
     return ax
 
-# %% ../../nbs/evaluation/figures.ipynb #a6be8698
+# %% ../../nbs/evaluation/figures.ipynb #64e4c479
 def dose_response(evidence,                        # `Evidence` of `robustness` with groups such as "typos 10%", or its frame
                   metric: str,                     # "auroc_drop" or "probability_shift"
                   title: str,                      # the message
@@ -179,5 +179,5 @@ def dose_response(evidence,                        # `Evidence` of `robustness` 
     missing = rows[rows["value"].isna()]
     if len(missing): ax.text(.02, .02, "no value: " + ", ".join(missing["group"]), transform=ax.transAxes, style="italic", color=GREY, fontsize=11)
     ax.axhline(0, color=GREY, ls=":"); ax.set(xlabel="dose, % changed", ylabel=f"{_words(metric)}, 95% interval")
-    if ax.get_legend_handles_labels()[0]: ax.legend(loc="upper left")
+    if ax.get_legend_handles_labels()[0]: ax.legend(loc="best")
     return _title(ax, title)
