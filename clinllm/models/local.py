@@ -185,7 +185,7 @@ def _fitting(self: LocalModel, rows: list, room: int, on_error: str) -> list:
                          "Render it with a smaller token budget, or pass on_error='nan' to leave such rows missing.")
     return sorted(set(range(len(rows))) - set(long))
 
-# %% ../../nbs/models/local.ipynb #1cb12572
+# %% ../../nbs/models/local.ipynb #789d732d
 def shared_prefix(rows: list,    # token ids of each prompt, none empty
                   ) -> int:      # tokens that all rows begin with; at least one token of each row is left over
     "Length of the beginning that all rows share"
@@ -194,13 +194,18 @@ def shared_prefix(rows: list,    # token ids of each prompt, none empty
     return min(same, min(map(len, rows)) - 1)
 
 @patch
+def _autocast(self: LocalModel):
+    "The layers in the chosen precision, inside the `with` block"
+    return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+
+@patch
 @contextmanager
 def _inference(self: LocalModel):
     "No gradients, no dropout, and the layers in the chosen precision; afterwards the model is as it was"
     # no_grad, not inference_mode: only then does autocast keep the bfloat16 weights from batch to batch
     training = self.model.training; self.model.eval()
     try:
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"): yield
+        with torch.no_grad(), self._autocast(): yield
     finally: self.model.train(training)
 
 @patch
@@ -338,14 +343,16 @@ def _answer(self: LocalModel, tokens: list, ends: list) -> Generation:
     text = self.tokenizer.decode(tokens[:n], skip_special_tokens=True).strip()
     return Generation(text, "ok" if text else "unparsed", n, "stop" if n < len(tokens) else "length")
 
-# %% ../../nbs/models/local.ipynb #21164938
+# %% ../../nbs/models/local.ipynb #00ce66e9
 @patch
 def embed(self: LocalModel,
           texts: list,                   # n texts
-          layers: int | None = None,     # run the first so many layers only, 0 to all; all by default
+          layers: int | None = None,     # run the first so many layers only, 1 to all; all by default
           progress: bool = False,        # whether to show a bar
           ) -> np.ndarray:               # (n, d) float32
     "Mean hidden state over the real tokens of each text"
+    full = self.base.config.get_text_config().num_hidden_layers
+    if layers is not None and not 1 <= layers <= full: raise ModelError(f"layers must lie in [1, {full}], got {layers}.")
     rows = self._encode(check_texts(texts, "texts")); self._fitting(rows, 0, "raise")
     found = np.full((len(rows), self.base.config.get_text_config().hidden_size), np.nan, dtype="float32")
     with self._inference(), self.only_layers(0, layers):

@@ -301,7 +301,7 @@ def gather(settings: Settings, stage: Path):
     (stage / "_symbols.json").write_text(json.dumps(symbols(nbs)), encoding="utf-8")
     (stage / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
-# %% ../../nbs/run/site.ipynb #837baa3f
+# %% ../../nbs/run/site.ipynb #e411ee67
 _FONTS = re.compile(r"""@import\s*(?:url\(\s*['"]?https?://[^)]*\)|['"]https?://[^'"]*['"])[^;]*;""")
 
 def render(stage: Path) -> Path:
@@ -320,18 +320,18 @@ def render(stage: Path) -> Path:
 
 def _inputs(settings: Settings) -> str:
     "A hash of all that the site is made from: notebooks, settings, library, runs"
-    manifests = {p.parent.name: p.read_text(encoding="utf-8") for p in sorted(settings.reports.glob("*/*/manifest.json"))}
+    manifests = {p.relative_to(settings.reports).as_posix(): p.read_text(encoding="utf-8") for p in sorted(settings.reports.glob("*/*/manifest.json"))}
     return short_hash([folder_fingerprint(settings.root / "nbs"), (settings.root / "settings.ini").read_text(encoding="utf-8"), library_modules(), manifests])
 
 def build_site(settings: Settings,      # the study's settings
                quiet: bool = False,     # True: print nothing
                ) -> Path:               # the folder of the site, reports/site
     "Build the site from the notebooks and the newest runs; the old one stays until the new one is whole, and for good where nothing has changed"
-    inputs, mark = _inputs(settings), settings.reports / "site" / ".inputs"
+    started, target, inputs = time.perf_counter(), settings.reports / "site", _inputs(settings); mark = target / ".inputs"
     if mark.is_file() and mark.read_text() == inputs:
-        if not quiet: print(f"site: up to date in {mark.parent}")
-        return mark.parent
-    started, target = time.perf_counter(), settings.reports / "site"; settings.reports.mkdir(parents=True, exist_ok=True)
+        if not quiet: print(f"site: up to date in {target}")
+        return target
+    settings.reports.mkdir(parents=True, exist_ok=True)
     for left in settings.reports.glob(".site-*"):       # by a build that was killed
         if time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".site-", dir=settings.reports) as t:

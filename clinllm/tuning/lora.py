@@ -69,9 +69,7 @@ class Classification(torch.nn.Module):
         fitted = fit_logistic(make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)), x, y, seed=seed); scaler, regression = fitted[0], fitted[1]
         for name, value in dict(center=scaler.mean_, scale=scaler.scale_, weight=regression.coef_[0], bias=regression.intercept_[0] - offset).items(): getattr(self, name).copy_(torch.as_tensor(value))
 
-# %% ../../nbs/tuning/lora.ipynb #d15fff45
-def _autocast(model): return torch.autocast(model.device.type, torch.bfloat16, enabled=model.precision == "bfloat16")
-
+# %% ../../nbs/tuning/lora.ipynb #0cf5dd88
 @dataclass
 class States:
     "What the frozen layers say about some prompts"
@@ -99,26 +97,26 @@ def frozen_states(model: LocalModel,        # the model
 def read_out(model: LocalModel,         # the model, with or without an adapter
              states: States,            # what the frozen layers said
              rows,                      # numbers of the prompts, (b,)
-             head,                      # `Answer`, `Classification`, or the latter's `pool`
-             depth: int | None,         # the layer before which to stop; all by default
+             head,                      # `Answer` or `Classification`
+             read=None,                 # what is taken from the states: `head` itself by default, or `head.pool`
              ) -> torch.Tensor:         # float32, (b,) log-odds or (b, width) mean states
     "Run the other layers on some prompts; gradients flow where they are on"
     asked = [states.rest[i] for i in rows]
-    with _autocast(model), model.only_layers(states.frozen, depth):
+    with model._autocast(), model.only_layers(states.frozen, head.depth):
         first, past = (None, None) if states.beginning is None else model._read([states.beginning], keep=True)
         hidden, _ = model._read(asked, past)
     with torch.autocast(model.device.type, enabled=False):
-        return head(hidden.float(), torch.tensor([len(a) for a in asked]), None if first is None else first[0].float())
+        return (read or head)(hidden.float(), torch.tensor([len(a) for a in asked]), None if first is None else first[0].float())
 
-@torch.no_grad()
-def read_all(model: LocalModel, states: States, head, depth: int | None, progress: bool = False) -> np.ndarray:
+def read_all(model: LocalModel, states: States, head, read=None, progress: bool = False) -> np.ndarray:
     "`read_out` of every prompt, in batches, without gradients"
-    training, out = model.model.training, [None] * len(states); model.model.eval()
-    for batch in model._batches([len(s) for s in states.rest], progress, "last layers"):
-        for i, z in zip(batch, read_out(model, states, batch, head, depth).cpu().numpy()): out[i] = z
-    model.model.train(training); return np.array(out)
+    out = [None] * len(states)
+    with model._inference():
+        for batch in model._batches([len(s) for s in states.rest], progress, "last layers"):
+            for i, z in zip(batch, read_out(model, states, batch, head, read).cpu().numpy()): out[i] = z
+    return np.array(out)
 
-# %% ../../nbs/tuning/lora.ipynb #a5732de7
+# %% ../../nbs/tuning/lora.ipynb #c66d98be
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")      # every matrix of a Llama layer
 
 @dataclass
@@ -129,21 +127,20 @@ class Adapter:
     head: torch.nn.Module       # `Answer` or `Classification`
     history: pd.DataFrame       # step, loss, validation loss and AUROC
     info: dict                  # base model, settings of the training, best step
-    start: dict | None = None   # the head at step 0, while the adapter is in memory
+    probe: torch.nn.Module | None = None    # the head at step 0, while the adapter is in memory
 
     @property
     def n_parameters(self) -> int: return sum(v.numel() for v in [*get_peft_model_state_dict(self.peft).values(), *self.head.parameters()])
     def predict_proba(self, prompts, progress: bool = False) -> np.ndarray:
         "Probability of the outcome after each prompt (or its `States`), (n,)"
-        states = prompts if isinstance(prompts, States) else frozen_states(self.model, prompts, self.info["frozen"], progress)
-        return expit(read_all(self.model, states, self.head, self.head.depth, progress).astype("float64"))
-    def probe_proba(self, states: States, progress: bool = False) -> np.ndarray:
+        return self._proba(prompts, self.head, progress)
+    def probe_proba(self, prompts, progress: bool = False) -> np.ndarray:
         "What the linear probe says, (n,): the head at step 0 on the model without the adapter"
-        if not self.start: raise ParameterError("there is no linear probe: target=answer has none, and a loaded adapter does not keep it.")
-        now = {k: v.clone() for k, v in self.head.state_dict().items()}; self.head.load_state_dict(self.start)
-        try:
-            with self.peft.disable_adapter(): return self.predict_proba(states, progress)
-        finally: self.head.load_state_dict(now)
+        if not self.probe: raise ParameterError("there is no linear probe: target=answer has none, and a loaded adapter does not keep it.")
+        with self.peft.disable_adapter(): return self._proba(prompts, self.probe, progress)
+    def _proba(self, prompts, head, progress):
+        states = prompts if isinstance(prompts, States) else frozen_states(self.model, prompts, self.info["frozen"], progress)
+        return expit(read_all(self.model, states, head, progress=progress).astype("float64"))
     def remove(self) -> LocalModel:
         "Take the adapter off; the base model is as before"
         self.model.model = self.peft.unload(); return self.model
@@ -188,7 +185,7 @@ def _judge(y, z) -> dict:
     "Log loss and AUROC of log-odds"
     return dict(val_loss=float(np.logaddexp(0, np.where(y == 1, -z, z)).mean()), val_auroc=float(roc_auc_score(y, z)) if len(set(y)) == 2 else math.nan)
 
-# %% ../../nbs/tuning/lora.ipynb #1131cca7
+# %% ../../nbs/tuning/lora.ipynb #821c0835
 def train_lora(model: LocalModel,               # base model; it gets the adapter in place
                prompts,                         # rendered training prompts, length n, or their `States`
                labels,                          # 0 or 1, (n,)
@@ -216,30 +213,30 @@ def train_lora(model: LocalModel,               # base model; it gets the adapte
     if wrong := [s.frozen for s in (states, val_states) if s.frozen != frozen]: raise ParameterError(f"the states were kept after layer {wrong[0]}, and the first trained layer comes after layer {frozen}. Keep them with frozen={frozen}.")
     set_seed(seed); rng, offset = np.random.default_rng(seed), float(logit(y.mean()) - logit(prevalence or y.mean()))
     if target == "answer": head = Answer(model, choices)
-    else: head = Classification(model.base.config.get_text_config().hidden_size, stop).to(model.device); head.start(read_all(model, states, head.pool, stop, progress), y, offset, seed)
+    else: head = Classification(model.base.config.get_text_config().hidden_size, stop).to(model.device); head.start(read_all(model, states, head, head.pool, progress), y, offset, seed)
     peft = get_peft_model(model.model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(targets), task_type="CAUSAL_LM", layers_to_transform=list(range(frozen, stop)), layers_pattern="layers"))
     groups = [dict(params=[p for p in peft.parameters() if p.requires_grad], peak=learning_rate)] + [dict(params=list(head.parameters()), peak=learning_rate / 20)] * (target != "answer")
     optimiser, parameters = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.01), [p for g in groups for p in g["params"]]
     keep = lambda: [{k: v.detach().clone() for k, v in part.items()} for part in (get_peft_model_state_dict(peft), head.state_dict())]
-    history, running = [dict(step=0, loss=math.nan) | _judge(y_val, read_all(model, val_states, head, head.depth))], []
+    history, running = [dict(step=0, loss=math.nan) | _judge(y_val, read_all(model, val_states, head))], []
     quality = lambda h: -h["val_loss"] if math.isnan(h["val_auroc"]) else h["val_auroc"]
-    best = (quality(history[0]), 0, keep()); start = best[2][1]
+    best, probe = (quality(history[0]), 0, keep()), None if target == "answer" else copy.deepcopy(head).eval()
     bar = tqdm(_epoch_order(len(y), steps, batch_size, rng), desc="LoRA", disable=not progress)
     for step, rows in enumerate(bar, 1):
         model.model.train()
         for group in optimiser.param_groups: group["lr"] = group["peak"] * _schedule(step - 1, steps)
-        z = read_out(model, states, rows, head, head.depth)
+        z = read_out(model, states, rows, head)
         loss = F.binary_cross_entropy_with_logits(z + offset, torch.as_tensor(y[rows], dtype=torch.float32, device=z.device))
         if not torch.isfinite(loss): raise ModelError(f"the loss became {loss.item()} at step {step}. Lower learning_rate (now {learning_rate}).")
         optimiser.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(parameters, 1.0); optimiser.step()
         running.append(loss.item()); bar.set_postfix(loss=f"{np.mean(running[-10:]):.3f}")
         if step % eval_every == 0 or step == steps:
-            history.append(dict(step=step, loss=float(np.mean(running[-eval_every:]))) | _judge(y_val, read_all(model, val_states, head, head.depth)))
+            history.append(dict(step=step, loss=float(np.mean(running[-eval_every:]))) | _judge(y_val, read_all(model, val_states, head)))
             if quality(history[-1]) > best[0]: best = (quality(history[-1]), step, keep())
     set_peft_model_state_dict(peft, best[2][0]); head.load_state_dict(best[2][1]); model.model.eval()
     info = dict(base=model.name, base_fingerprint=model.fingerprint, target=target, choices=list(choices), frozen=frozen, depth=stop, steps=steps, best_step=best[1], batch_size=batch_size,
                 learning_rate=learning_rate, rank=rank, targets=list(targets), seed=seed, n_train=len(y), n_validation=len(y_val))
-    return Adapter(model, peft, head.eval(), pd.DataFrame(history), info, start)
+    return Adapter(model, peft, head.eval(), pd.DataFrame(history), info, probe)
 
 # %% ../../nbs/tuning/lora.ipynb #e2246ea1
 def save_adapter(adapter: Adapter,      # what to save
