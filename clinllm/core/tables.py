@@ -17,9 +17,10 @@ from .errors import TableError, unknown_name
 __all__ = ['EVENT_COLUMNS', 'SPLITS', 'KEY', 'STATUSES', 'DIMENSIONS', 'Timeline', 'History', 'Task', 'Table', 'Cohort',
            'Predictions', 'make_predictions', 'concat', 'Estimate', 'Evidence', 'claim']
 
-# %% ../../nbs/core/tables.ipynb #cbc247e4
+# %% ../../nbs/core/tables.ipynb #9e7ed837
 EVENT_COLUMNS = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String,
-                 "numeric_value": pl.Float32, "text_value": pl.String, "hadm_id": pl.Int64}
+                 "numeric_value": pl.Float32, "text_value": pl.String, "hadm_id": pl.Int64,
+                 "known_time": pl.Datetime("us"), "unit": pl.String, "kind": pl.String}
 
 # %% ../../nbs/core/tables.ipynb #dbee2e71
 def _as_events(df: pl.DataFrame) -> pl.DataFrame:
@@ -34,7 +35,7 @@ def _as_events(df: pl.DataFrame) -> pl.DataFrame:
         if n := df[c].null_count(): raise TableError(f"Timeline column {c!r} may not be missing; {n} of {len(df)} rows are. Drop or mend them first.")
     return df.sort("subject_id", "time", nulls_last=False, maintain_order=True)
 
-# %% ../../nbs/core/tables.ipynb #6a62cb71
+# %% ../../nbs/core/tables.ipynb #29fba94d
 @dataclass(frozen=True, repr=False)
 class Timeline:
     "Events of patients in the MEDS standard"
@@ -45,6 +46,8 @@ class Timeline:
     attribution: str = ""               # credit that the licence asks for; shown wherever results are
     notes: tuple = ()                   # what was counted or mended while reading, in sentences
     splits: pl.DataFrame | None = None  # `subject_id, split` where the source prescribes the splits (MEDS subject_splits)
+    codes: pl.DataFrame | None = None   # `code, kind, description, concept, unit, n` where the source describes its codes
+    task: str = ""                      # the clinical question that this source can answer; "" leaves it to the settings
 
     def __post_init__(self):
         if self.kind not in ("synthetic", "real"): raise TableError(f"Timeline.kind must be 'synthetic' or 'real', got {self.kind!r}.")
@@ -53,17 +56,17 @@ class Timeline:
     def __len__(self): return len(self.events)
     @property
     def subjects(self) -> pl.Series: return self.events["subject_id"].unique().sort()
-    def until(self, cohort: Cohort) -> History: return History(_cut(self.events, cohort), cohort)
+    def until(self, cohort: Cohort) -> History: return History(_cut(self.events, cohort), cohort, self.codes)
     def __repr__(self): return f"Timeline({self.source}, {self.kind}: {len(self.subjects):,} patients, {len(self):,} events)"
     def _repr_html_(self):
         n = self.events.with_columns(table=pl.col("code").str.split("//").list.first()).group_by("table").len("events").sort("events", descending=True)
         return _card(repr(self), n.head(12).to_pandas(), self.notes)
 
-# %% ../../nbs/core/tables.ipynb #e0182ec8
+# %% ../../nbs/core/tables.ipynb #7fa83c3e
 def _cut(events: pl.DataFrame, cohort: Cohort) -> pl.DataFrame:
     "Events known at each prediction: a row per event and prediction"
     keys = pl.from_pandas(cohort.frame[["subject_id", "prediction_time"]]).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
-    known = keys.join(events, on="subject_id", how="inner").filter(pl.col("time").is_null() | (pl.col("time") <= pl.col("prediction_time")))
+    known = keys.join(events, on="subject_id", how="inner").filter(~(pl.max_horizontal("time", "known_time") > pl.col("prediction_time")).fill_null(False))
     return known.sort("subject_id", "prediction_time", "time", nulls_last=False, maintain_order=True)
 
 @dataclass(frozen=True, repr=False)
@@ -71,6 +74,7 @@ class History:
     "What was known about each patient of a cohort at the time of prediction"
     events: pl.DataFrame    # `Timeline.events` plus `prediction_time`; nothing after it
     cohort: Cohort          # the predictions that it belongs to
+    codes: pl.DataFrame | None = None   # what the source says about its codes, as in `Timeline`
 
     def __len__(self): return len(self.cohort)
     def __repr__(self): return f"History({len(self.cohort):,} predictions, {len(self.events):,} known events)"
