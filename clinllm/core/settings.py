@@ -12,7 +12,7 @@ import configparser, os, random
 from .errors import SettingsError, unknown_name
 
 # %% auto #0
-__all__ = ['SCHEMA', 'USES', 'RANGES', 'project_root', 'Settings', 'load_settings', 'set_seed']
+__all__ = ['SCHEMA', 'USES', 'RANGES', 'project_root', 'source_folder', 'Settings', 'load_settings', 'set_seed']
 
 # %% ../../nbs/core/settings.ipynb #825c7d00
 SCHEMA = {
@@ -41,6 +41,13 @@ def project_root(start=None,        # folder to start from; the working director
     for folder in (start, *start.parents):
         if (folder / "settings.ini").is_file(): return folder
     raise SettingsError(f"no settings.ini in {start} or above. Work inside a clinllm project, or set CLINLLM_ROOT to one.")
+
+# %% ../../nbs/core/settings.ipynb #7e6c5e6e
+def source_folder(source: str,      # a folder, absolute or from the project's root, or the name of a folder in data/
+                  root,             # the project's root
+                  ) -> Path | None: # the folder, or None where there is none of that name
+    "The folder that a source names; `~` is the home folder"
+    return next((f for f in (Path(root) / Path(source).expanduser(), Path(root) / "data" / source) if source and f.is_dir()), None)
 
 # %% ../../nbs/core/settings.ipynb #c630c004
 def _value(section: str, key: str, text: str):

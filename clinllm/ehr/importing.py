@@ -54,7 +54,7 @@ def subject_key(ids: pl.Expr,       # ids as strings
     other = pl.when(number.is_null()).then(clean)
     return pl.coalesce(number, other.map_batches(keys, return_dtype=pl.Int64))
 
-# %% ../../nbs/ehr/importing.ipynb #ea026d6c
+# %% ../../nbs/ehr/importing.ipynb #c2160c54
 STAGED = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float64, "text_value": pl.String, "hadm_id": pl.Int64, "known_time": pl.Datetime("us"),
           "unit": pl.String, "kind": pl.String, "name": pl.String, "concept": pl.String, "line": pl.UInt32, "rule": pl.String, "noted": pl.String}
 REJECT = {"line": pl.UInt32, "rule": pl.String, "action": pl.String}
@@ -65,7 +65,7 @@ class Format(NamedTuple):
     name: str                   # as in `clinllm data import --from NAME`
     about: str                  # what it is, in a sentence
     find: Callable              # (path) → list of Table, in the order of import; DataError where the path is not of this format
-    prepare: Callable           # (tables) → dict of look-ups; "subjects" holds the ids of all patients, so that events of others are rejected
+    prepare: Callable           # (tables) → dict of look-ups; "subjects" holds the ids of all patients, so that events of others are rejected; "splits" the splits that the source prescribes
     events: Callable            # (table name, block, look-ups) → list of frames made by `emit` and `reject`
     names: Callable | None = None   # (codes, look-ups) → code, new_code, description; resolves codes when all are known
     units: Callable | None = None   # (units, look-ups) → unit, new_unit; likewise
@@ -76,7 +76,7 @@ class Format(NamedTuple):
     credit: str = ""            # what the licence asks to be said
 
 def emit(block: pl.DataFrame,   # rows of a table with `line`
-         kind: str,             # one of `vocabulary.KINDS`
+         kind,                  # one of `vocabulary.KINDS`, an expression, or None where only the code tells
          code,                  # name of a column or expression, as all below; a row whose code is missing makes no event
          time=None,             # when it happened; left out: a fact that does not change
          *, subject="subject_id", hadm=None, number=None, unit=None, text=None,
@@ -86,7 +86,8 @@ def emit(block: pl.DataFrame,   # rows of a table with `line`
          where=None,            # which rows; all by default
          ) -> pl.DataFrame:     # columns of `STAGED`; `rule` says why a row is no event, `noted` what was kept with a remark
     "Rows of a table as events"
-    given = dict(subject_id=subject, time=time, code=code, numeric_value=number, text_value=text, hadm_id=hadm, known_time=known, unit=unit, name=name, concept=concept, line="line")
+    kind = pl.lit(kind, dtype=pl.String) if kind is None or isinstance(kind, str) else kind
+    given = dict(subject_id=subject, kind=kind, time=time, code=code, numeric_value=number, text_value=text, hadm_id=hadm, known_time=known, unit=unit, name=name, concept=concept, line="line")
     rows = (block if where is None else block.filter(where)).select(**{k: pl.col(v) if isinstance(v, str) else v for k, v in given.items() if v is not None}).filter(pl.col("code").is_not_null())
     rows = rows.with_columns([pl.lit(None, dtype=STAGED[c]).alias(c) for c in given if c not in rows.columns])
     raw_time, raw_number = rows["time"], rows["numeric_value"]
@@ -99,7 +100,7 @@ def emit(block: pl.DataFrame,   # rows of a table with `line`
     times = parse_times(raw_time)
     if time is not None: rule = pl.when(times.is_null()).then(pl.when(raw_time.is_null()).then(pl.lit("no time")).otherwise(pl.lit("time cannot be read")))
     return rows.with_columns(time=times, numeric_value=pl.when(value.is_finite()).then(value), text_value=words, known_time=parse_times(rows["known_time"]), subject_id=pl.col("subject_id").cast(pl.Int64, strict=False),
-        hadm_id=pl.col("hadm_id").cast(pl.Int64, strict=False), kind=pl.lit(kind), noted=noted).with_columns(rule=pl.when(pl.col("subject_id").is_null()).then(pl.lit("no patient")).otherwise(rule)).select(
+        hadm_id=pl.col("hadm_id").cast(pl.Int64, strict=False), noted=noted).with_columns(rule=pl.when(pl.col("subject_id").is_null()).then(pl.lit("no patient")).otherwise(rule)).select(
         [pl.col(c).cast(t) for c, t in STAGED.items()])
 
 def reject(block: pl.DataFrame,     # rows of a table with `line`
@@ -231,13 +232,14 @@ def _shard(work: Path, number: int, meaning: pl.DataFrame) -> None:
     pq.write_table(meds.DataSchema.align(events.select([pl.col(c).cast(t) for c, t in _FINAL.items()]).to_arrow()), path.with_suffix(".tmp"), compression="zstd")
     os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../../nbs/ehr/importing.ipynb #afe44eb0
-def _split_subjects(work: Path, seed: int, validation: float, test: float) -> int:
-    "Draw splits by patient; the number of patients"
+# %% ../../nbs/ehr/importing.ipynb #60758711
+def _split_subjects(work: Path, seed: int, validation: float, test: float, given: pl.DataFrame | None) -> int:
+    "Draw splits by patient, or keep those of the source; the number of patients"
     ids = np.sort(np.concatenate([pl.read_parquet(p, columns=["subject_id"])["subject_id"].unique().to_numpy() for p in sorted((work / "out" / "data").glob("*.parquet"))]))
     order = np.random.default_rng(seed).permutation(len(ids)); n_test, n_validation = round(len(ids) * test), round(len(ids) * validation)
     split = np.full(len(ids), meds.train_split, dtype=object); split[order[:n_test]] = meds.held_out_split; split[order[n_test:n_test + n_validation]] = meds.tuning_split
     table = pl.DataFrame(dict(subject_id=ids, split=split.astype(str)), schema=dict(subject_id=pl.Int64, split=pl.String))
+    if given is not None: table = given.select(pl.col("subject_id").cast(pl.Int64), pl.col("split").cast(pl.String))
     pq.write_table(meds.SubjectSplitSchema.align(table.to_arrow()), work / "out" / meds.subject_splits_filepath)
     return len(ids)
 
@@ -330,7 +332,7 @@ def run_import(format: Format,              # what the files are
     shutil.rmtree(work, ignore_errors=True); Path(lock.lock_file).unlink(missing_ok=True)
     return ImportReport.read(target)
 
-# %% ../../nbs/ehr/importing.ipynb #f1daaeb4
+# %% ../../nbs/ehr/importing.ipynb #9863ee85
 def _run(format, tables, work, plan, tolerance, progress, began):
     "Both passes and the metadata, into work/out"
     lookups, now = format.prepare(tables), datetime.now() + timedelta(days=1)
@@ -344,18 +346,18 @@ def _run(format, tables, work, plan, tolerance, progress, began):
     meaning = _meaning(format, _sum_codes([pl.read_parquet(p) for p in sorted((work / "codes").glob("*.parquet"))]), lookups)
     for k in tqdm(range(plan["shards"]), desc="sorting", disable=not progress):
         if not (work / "out" / "data" / f"{k:05}.parquet").is_file(): _shard(work, k, meaning)
-    _finish(format, work, plan, done, records, meaning, began)
+    _finish(format, work, plan, done, records, meaning, lookups, began)
 
 def _rejected_as_future(work: Path, number: int) -> bool:
     "Whether a file lost most of its events because they lie in the future: then dates were shifted on purpose"
     lost = pl.read_parquet(work / "rejects" / f"{number:05}.parquet").filter(pl.col("rule") == "time in the future").height
     return lost > 10 and lost > json.loads((work / "done" / f"{number:05}.json").read_text())["events"]
 
-def _finish(format, work, plan, done, records, meaning, began):
+def _finish(format, work, plan, done, records, meaning, lookups, began):
     "Codes, splits, dataset description and report"
     out = work / "out"; codes = _code_table(meaning)
     pq.write_table(meds.CodeMetadataSchema.align(codes.to_arrow()), out / meds.code_metadata_filepath)
-    patients = _split_subjects(work, plan["seed"], plan["validation"], plan["test"])
+    patients = _split_subjects(work, plan["seed"], plan["validation"], plan["test"], lookups.get("splits"))
     rejects = pl.concat([pl.read_parquet(p).select(pl.col("file").cast(pl.UInt16), "line", "rule", "action") for p in sorted((work / "rejects").glob("*.parquet"))]).sort("file", "line")
     files = pl.DataFrame([(i, f[0], f[1], d["records"], d["events"]) for i, (f, d) in enumerate(zip(plan["files"], done))], schema=dict(number=pl.UInt16, file=pl.String, table=pl.String, records=pl.Int64, events=pl.Int64), orient="row")
     units = _unit_table(meaning)
