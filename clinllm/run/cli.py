@@ -97,9 +97,10 @@ def cmd_site(a) -> int:
     if a.serve: serve_site(settings)
     return 0
 
-# %% ../../nbs/run/cli.ipynb #f4799ff5
+# %% ../../nbs/run/cli.ipynb #e50f9e74
 def cmd_data(a) -> int:
-    "List sources, fetch one, or check a folder"
+    "List sources, fetch one, check a folder, or import an export"
+    if a.action == "import": return _import(a)
     from clinllm.core.settings import load_settings
     from clinllm.ehr.sources import SOURCES, has_notes, load_timeline
     settings = load_settings()
@@ -110,6 +111,21 @@ def cmd_data(a) -> int:
     timeline, t = load_timeline(a.name, settings), settings["task"]
     cohort = build_cohort(timeline, validation=t["validation"], test=t["test"], seed=settings["study"]["seed"], horizon_days=t["horizon_days"])
     for line in (timeline, *timeline.notes, f"notes: {'yes' if has_notes(timeline) else 'no'}", cohort, *(f"- {step}: {n:,}" for step, n in cohort.flow), timeline.attribution): print(line)
+    return 0
+
+# %% ../../nbs/run/cli.ipynb #ad656ed2
+def _import(a) -> int:
+    "Import an export, and show what became of it"
+    from pathlib import Path
+    from clinllm.core.settings import load_settings
+    from clinllm.ehr.sources import FORMATS, import_data
+    if a.name is None or a.format is None: raise DataError(f"clinllm data import needs --from FORMAT and the path of the export. Formats: {', '.join(FORMATS)}. Such as: clinllm data import --from fhir ~/export --to ours")
+    settings = load_settings(); to = a.to or Path(a.name).resolve().name.split(".")[0]
+    report = import_data(a.format, a.name, to, settings, a.tolerance, "synthetic" if a.synthetic else "real", a.credit)
+    _table("What became of each table", list(report.table.columns), report.table.map(lambda v: f"{v:,}" if not isinstance(v, str) else v).values.tolist())
+    if len(report.rejects): _table("What was not taken as it came", ["table", "rule", "action", "records"], report.rules.head(20).values.tolist())
+    for note in report.about["notes"]: print(note)
+    print(f"The dataset is in {_relative(report.target, settings.root)}, rejects with file and line in its folder import. Look at it with: clinllm run data_report -p data={to}")
     return 0
 
 # %% ../../nbs/run/cli.ipynb #137f703e
@@ -125,7 +141,7 @@ def cmd_model(a) -> int:
     else: _table("Model", ["key", "value"], [*settings["model"].items(), ("hash", model_fingerprint(settings))])
     return 0
 
-# %% ../../nbs/run/cli.ipynb #a01e5b88
+# %% ../../nbs/run/cli.ipynb #b452a0c7
 def make_parser() -> argparse.ArgumentParser:
     "The commands and their options"
     parser = argparse.ArgumentParser("clinllm", description="Show, not claim, that a language model is good enough for a hospital.")
@@ -139,8 +155,13 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="run again what is up to date")
     add("status", cmd_status, "list the runs that landed")
     add("site", cmd_site, "build the docs site from library, runs and roadmap").add_argument("--serve", action="store_true", help="serve it on this machine afterwards")
-    data = add("data", cmd_data, "list sources of patients, fetch one, or check a folder")
-    data.add_argument("action", nargs="?", choices=["list", "get", "check"], default="list"); data.add_argument("name", nargs="?", help="a source, or a folder")
+    data = add("data", cmd_data, "list sources of patients, fetch one, check a folder, or import an export")
+    data.add_argument("action", nargs="?", choices=["list", "get", "check", "import"], default="list"); data.add_argument("name", nargs="?", help="a source, a folder, or for import the path of the export")
+    data.add_argument("--from", dest="format", metavar="FORMAT", help="import: meds, fhir, omop, mimic-iv, eicu or clif")
+    data.add_argument("--to", metavar="NAME", help="import: name of the dataset in data/ (default: that of the export)")
+    data.add_argument("--tolerance", type=float, default=0.05, metavar="SHARE", help="import: largest share of records that may be lost (default 0.05)")
+    data.add_argument("--synthetic", action="store_true", help="import: the patients are invented")
+    data.add_argument("--credit", default="", metavar="TEXT", help="import: what the data's licence asks to be said")
     add("model", cmd_model, "show the language model, or fetch the default one").add_argument("action", nargs="?", choices=["show", "get"], default="show")
     return parser
 
