@@ -79,7 +79,7 @@ class History:
     def __len__(self): return len(self.cohort)
     def __repr__(self): return f"History({len(self.cohort):,} predictions, {len(self.events):,} known events)"
 
-# %% ../../nbs/core/tables.ipynb #db4bee86
+# %% ../../nbs/core/tables.ipynb #98d889a6
 @dataclass(frozen=True)
 class Task:
     "A clinical question that a model is asked"
@@ -90,6 +90,7 @@ class Task:
     label: str                              # what counts as the outcome, in words
     inclusion: str                          # who is asked about, in words
     groups: tuple = ("sex", "race_ethnicity", "age_band", "insurance", "language")  # columns for the fairness tables
+    rules: dict | None = field(default=None, repr=False, hash=False)    # the task's file, parsed (see the notebook ehr/task); None for a question in words alone
 
     def __post_init__(self):
         if not self.horizon_days > 0: raise TableError(f"Task.horizon_days must be above 0 days, got {self.horizon_days!r}.")
