@@ -36,7 +36,7 @@ def _read(table, damage):
     if table.name not in LEFT_OUT: return scan(table, TABLES[table.name][0].split(), damage)
     damage.add(0, f"table left out: {LEFT_OUT[table.name]}", "not imported"); return iter(())
 
-# %% ../../nbs/ehr/mimic_iv.ipynb #17e71ed5
+# %% ../../nbs/ehr/mimic_iv.ipynb #fc636e03
 TIME = "%Y-%m-%d %H:%M:%S"
 
 def read_time(column: str) -> pl.Expr:
@@ -58,7 +58,8 @@ def billed_times(stays: pl.DataFrame,   # subject_id, hadm_id, admitted, dischar
                  ) -> pl.DataFrame:     # the same with `billed`: one day after the end of the episode of care; missing while in hospital
     "When the codes of a stay become known"
     known = stays.filter(pl.col("subject_id").is_not_null() & pl.col("hadm_id").is_not_null() & pl.col("admitted").is_not_null())
-    end = join_stays(known).select("hadm_id", billed=pl.col("discharged").max().over("subject_id", "episode").dt.offset_by("1d")).unique("hadm_id")
+    whole = lambda e: e.over("subject_id", "episode")
+    end = join_stays(known).select("hadm_id", billed=pl.when(whole(pl.col("discharged").is_not_null().all())).then(whole(pl.col("discharged").max())).dt.offset_by("1d")).unique("hadm_id")
     return stays.join(end, on="hadm_id", how="left", maintain_order="left")
 
 # %% ../../nbs/ehr/mimic_iv.ipynb #9df82223
@@ -186,7 +187,7 @@ def _icustays(b, c):
     return [emit(b, "visit", pl.lit("ICU_ADMISSION//") + pl.col("first_careunit").fill_null("unknown"), "intime", hadm="hadm_id"),
             emit(b, "visit", pl.lit("ICU_DISCHARGE//") + pl.col("last_careunit").fill_null("unknown"), "outtime", hadm="hadm_id", where=_known("outtime"))]
 
-# %% ../../nbs/ehr/mimic_iv.ipynb #8966fae3
+# %% ../../nbs/ehr/mimic_iv.ipynb #f8deac72
 def _diagnoses(b, c):
     "Diagnoses: at discharge, known when billed"
     return [emit(_with_stay(b, c), "diagnosis", icd_code(pl.col("icd_code"), pl.col("icd_version")), _closed(), hadm="hadm_id", known="billed")]
@@ -196,7 +197,7 @@ def _closed(): return pl.when(_known("billed")).then("discharged")      # codes 
 def _drgs(b, c):
     "Diagnosis-related groups: HCFA stands for MS-DRG"
     code = pl.col("drg_type").replace({"HCFA": "MSDRG", "APR": "APRDRG"}) + "//" + pl.col("drg_code").str.zfill(3)
-    return [emit(_with_stay(b, c), "other", code, _closed(), hadm="hadm_id", known="billed", text="description")]
+    return [emit(_with_stay(b, c), "other", code, _closed(), hadm="hadm_id", known="billed", name="description")]
 
 def _procedures(b, c):
     "Procedures: on their day, known when billed"
