@@ -12,22 +12,23 @@ import configparser, os, random
 from .errors import SettingsError, unknown_name
 
 # %% auto #0
-__all__ = ['SCHEMA', 'USES', 'RANGES', 'project_root', 'source_folder', 'Settings', 'load_settings', 'set_seed']
+__all__ = ['SCHEMA', 'USES', 'CHOICES', 'RANGES', 'project_root', 'source_folder', 'Settings', 'load_settings', 'set_seed']
 
-# %% ../../nbs/core/settings.ipynb #825c7d00
+# %% ../../nbs/core/settings.ipynb #e68670fb
 SCHEMA = {
     "study": dict(name="Readmission study", use="clinical decision support", owner="", seed=42),
     "data": dict(sources="synthetic, mimic-iv-demo", n_patients=2000, cache="data/cache"),
     "model": dict(name="smollm2-135m-instruct", revision="", batch_size=8, timeout=60.0, retries=3),
-    "task": dict(name="readmission_30d", horizon_days=30, validation=0.2, test=0.3),
+    "task": dict(name="readmission_30d", horizon_days=30, validation=0.2, test=0.3, split_by="random"),
     "gates": dict(min_patients=100, min_cell=20, min_gain=0.0, min_auroc=0.70, min_calibration_slope=0.8, max_calibration_slope=1.25,
                   min_net_benefit_gain=0.0, max_auroc_gap=0.10, max_auroc_drop=0.05, max_seconds_per_prediction=1.0, max_alerts_per_100=30.0),
     "network": dict(allow=""),
     "site": dict(title="clinllm", port=8000),
 }
 
-# %% ../../nbs/core/settings.ipynb #c1461086
+# %% ../../nbs/core/settings.ipynb #ac69f24b
 USES = ("clinical decision support", "patient-facing", "administrative automation")
+CHOICES = {("study", "use"): USES, ("task", "split_by"): ("random", "temporal", "site")}
 RANGES = {("data", "n_patients"): (100, 1_000_000), ("study", "seed"): (0, 2**31), ("model", "batch_size"): (1, 4096), ("model", "timeout"): (0.001, 86400),
           ("model", "retries"): (0, 100), ("task", "horizon_days"): (1, 3650), ("task", "validation"): (0.05, 0.6), ("task", "test"): (0.05, 0.6),
           ("gates", "min_cell"): (1, 10_000), ("site", "port"): (1, 65535)}
@@ -49,7 +50,7 @@ def source_folder(source: str,      # a folder, absolute or from the project's r
     "The folder that a source names; `~` is the home folder"
     return next((f for f in (Path(root) / Path(source).expanduser(), Path(root) / "data" / source) if source and f.is_dir()), None)
 
-# %% ../../nbs/core/settings.ipynb #c630c004
+# %% ../../nbs/core/settings.ipynb #34175f7d
 def _value(section: str, key: str, text: str):
     "The text of a key as its type, in its range"
     kind = type(SCHEMA[section][key])
@@ -57,7 +58,7 @@ def _value(section: str, key: str, text: str):
     except ValueError: raise SettingsError(f"[{section}] {key} must be of type {kind.__name__}, got {text!r}. Edit settings.ini.") from None
     low, high = RANGES.get((section, key), (value, value))
     if kind is not str and not low <= value <= high: raise SettingsError(f"[{section}] {key} must lie in [{low}, {high}], got {text}. Edit settings.ini.")
-    if (section, key) == ("study", "use") and value not in USES: raise SettingsError(unknown_name("[study] use", value, USES))
+    if value not in CHOICES.get((section, key), (value,)): raise SettingsError(unknown_name(f"[{section}] {key}", value, CHOICES[section, key]))
     return value
 
 # %% ../../nbs/core/settings.ipynb #8a6b58c7
