@@ -15,9 +15,9 @@ from .cohort import UNPLANNED, age_in_years
 from .vocabulary import CONCEPTS, with_meaning
 
 # %% auto #0
-__all__ = ['SHOWN', 'TREND_DAYS', 'TREND_WIDTHS', 'PLAIN', 'PLACES', 'SECTIONS', 'SHARES', 'STYLES', 'known_events', 'width',
-           'measurements', 'slope', 'trends', 'read_diagnoses', 'left_hospital', 'heads', 'count_roughly', 'render',
-           'discharge_notes', 'model_input']
+__all__ = ['SHOWN', 'TREND_DAYS', 'TREND_WIDTHS', 'PLAIN', 'PLACES', 'SECTIONS', 'SHARES', 'STYLES', 'NOTE_WORDS', 'known_events',
+           'width', 'measurements', 'slope', 'trends', 'read_diagnoses', 'left_hospital', 'heads', 'count_roughly',
+           'render', 'discharge_notes', 'text_sources', 'model_input']
 
 # %% ../../nbs/ehr/rendering.ipynb #52f01d66
 def _asked(cohort):
@@ -107,7 +107,7 @@ def _as_row(r):
     worst = _if(pl.col("severity") > pl.col("now"), _number("worst"), _side("worst"))
     return r.select("row", "section", text=pl.concat_str(name, _number("last") + _side("last"), pl.col("trend").fill_null(""), worst, age, separator=" | "))
 
-# %% ../../nbs/ehr/rendering.ipynb #1d0bffc3
+# %% ../../nbs/ehr/rendering.ipynb #59274c8d
 def read_diagnoses(known: pl.DataFrame,     # from `known_events`
                    ) -> pl.DataFrame:       # row, time (latest), code (such as "I50.9"), condition (missing for rarer ones), label
     "Distinct diagnosis codes known at each prediction"
@@ -122,8 +122,8 @@ def _diagnoses(known):
     return d.sort("row", "named", "time", "text", descending=[False, True, True, False], nulls_last=True).select("row", "text", section=pl.lit(2))
 
 def _list(known, kind, section):
-    "Distinct names of one kind, the newest first"
-    names = known.filter(pl.col("kind") == kind).with_columns(text=_plain()).group_by("row", "text").agg(pl.col("time").max())
+    "Distinct names of one kind, the newest first; a number of a drug database without a name says nothing"
+    names = known.filter(pl.col("kind") == kind).with_columns(text=_plain()).filter(pl.col("text").str.contains(r"\p{L}{3}")).group_by("row", "text").agg(pl.col("time").max())
     return names.sort("row", "time", "text", descending=[False, True, False], nulls_last=True).select("row", "text", section=pl.lit(section))
 
 # %% ../../nbs/ehr/rendering.ipynb #d0bdba04
@@ -228,14 +228,14 @@ def _pieces(known, style, with_trends):
     share = pl.col("section").replace_strict(SHARES, return_dtype=pl.Float64)
     return pieces.with_columns(turn=(pl.int_range(pl.len()).over("row", "section") / share).floor()).sort("row", "turn", "section", maintain_order=True)
 
-# %% ../../nbs/ehr/rendering.ipynb #2b8137b1
-def _texts(known, n, budget, count, style, with_trends):
-    "Texts of the rows 0..n-1"
+# %% ../../nbs/ehr/rendering.ipynb #b74d2a45
+def _texts(known, n, budget, count, style, with_trends, notes={}):
+    "Texts of the rows 0..n-1; under them their notes, which go before the pieces of the timeline where there is not room for both"
     pieces = _pieces(known, style, with_trends); compose = STYLES[style][1]; texts = []
     of = {k[0]: list(zip(g["section"].to_list(), g["text"].to_list())) for k, g in pieces.partition_by("row", as_dict=True, maintain_order=True).items()}
     for i, head in enumerate(heads(known, n)):
-        mine = of.get(i, [])
-        texts.append(_longest(len(mine), lambda k: compose(head, mine[:k]), budget, count) or _cut_words(head, budget, count))
+        mine, under = of.get(i, []), f"\n\n{notes[i]}" if i in notes else ""
+        texts.append(_longest(len(mine), lambda k: compose(head, mine[:k]) + under, budget, count) or _cut_words(head + under, budget, count))
     return texts
 
 def render(history: History,        # from `Timeline.until`
@@ -248,41 +248,51 @@ def render(history: History,        # from `Timeline.until`
     _check(budget, style)
     return _texts(known_events(history), len(history), budget, count_tokens or count_roughly, style, with_trends or style == "table")
 
-# %% ../../nbs/ehr/rendering.ipynb #db4233ee
-def _notes(known):
-    "Notes of the index stay, the newest first: row, time, age, title, text, is_summary"
-    notes = known.filter(pl.col("in_stay") & (pl.col("kind") == "note") & pl.col("text_value").is_not_null()).join(left_hospital(known), on="row", how="left")
-    notes = notes.with_columns(is_summary=_is("NOTE//discharge_summary")).filter(~pl.col("is_summary") | pl.col("left").is_not_null())
-    return notes.select("row", "time", "is_summary", age=pl.col("prediction_time") - pl.col("time"), title="label", text="text_value").sort("row", "time", "title", "text", descending=[False, True, True, True])
+# %% ../../nbs/ehr/rendering.ipynb #ca28e426
+NOTE_WORDS = 20     # fewest words of a note
 
-def _summaries(notes): return dict(notes.filter("is_summary").group_by("row").agg(pl.col("text").first()).iter_rows())
+def _notes(known):
+    "Notes of the index stay, the newest first: row, is_summary, time, age, title, text"
+    notes = known.filter(pl.col("in_stay") & (pl.col("kind") == "note") & pl.col("text_value").is_not_null()).join(left_hospital(known), on="row", how="left")
+    summary, long = _is("NOTE//discharge_summary"), pl.col("text_value").str.count_matches(r"\S+") >= NOTE_WORDS
+    notes = notes.filter(pl.when(summary).then(pl.col("left").is_not_null()).otherwise(long))
+    return notes.select("row", "time", is_summary=summary, age=pl.col("prediction_time") - pl.col("time"), title="label", text="text_value").sort("row", "time", "title", "text", descending=[False, True, True, True])
+
+def _summaries(notes): return dict(notes.filter("is_summary").group_by("row", maintain_order=True).agg(pl.col("text").first()).iter_rows())
 
 def _newest(notes, budget, count):
-    "The beginning of a patient's notes, the newest first, that keeps the budget"
+    "A patient's notes under each other, the newest first, until the budget is full"
     text = ""
     for title, age, note in notes:
         text += f"{title[:1].upper() + title[1:]}, {_while(age)} before:\n{note.strip()}\n\n"
         if count(text) > budget: break
-    return _cut_words(text.strip(), budget, count)
+    return text.strip()
 
+# %% ../../nbs/ehr/rendering.ipynb #e7cca3fd
 def discharge_notes(history: History,       # from `Timeline.until`
                     ) -> list:              # (n,) texts; None where the index stay has no summary, or has not ended
     "The discharge summary of each index stay"
     found = _summaries(_notes(known_events(history)))
     return [found.get(i) for i in range(len(history))]
 
-# %% ../../nbs/ehr/rendering.ipynb #ebbaa337
+def text_sources(history: History,      # from `Timeline.until`
+                 ) -> list:             # (n,) of "discharge summary", "timeline and notes" or "timeline"
+    "What the text of `model_input` is made of"
+    notes = _notes(known_events(history))
+    found = dict.fromkeys(notes["row"], "timeline and notes") | dict.fromkeys(_summaries(notes), "discharge summary")
+    return [found.get(i, "timeline") for i in range(len(history))]
+
 def model_input(history: History,       # from `Timeline.until`
                 budget: int = 256,      # longest text, tokens, >= 1
                 count_tokens=None,      # function of a text that returns its tokens; `count_roughly` when left out
                 style: str = "prose",   # of the rendered timelines; prose or table
                 ) -> list:              # (n,) texts
-    "What a model reads about each patient: the discharge summary, else the newest notes, else the rendered timeline"
+    "What a model reads about each patient: the discharge summary, else the timeline and the newest notes"
     _check(budget, style); count, n = count_tokens or count_roughly, len(history)
     known = known_events(history); notes = _notes(known)
     texts = {row: _cut_words(text, budget, count) for row, text in _summaries(notes).items()}
-    for (row,), mine in notes.filter(~pl.col("row").is_in(list(texts))).partition_by("row", as_dict=True, maintain_order=True).items():
-        texts[row] = _newest(zip(mine["title"], mine["age"], mine["text"]), budget, count)
     if len(texts) == n: return [texts[i] for i in range(n)]
-    drawn = _texts(known.filter(~pl.col("row").is_in(list(texts))), n, budget, count, style, style == "table")
+    other = pl.col("row").is_in(list(texts)).not_()
+    under = {row: _newest(g.select("title", "age", "text").iter_rows(), budget, count) for (row,), g in notes.filter(other).partition_by("row", as_dict=True, maintain_order=True).items()}
+    drawn = _texts(known.filter(other), n, budget, count, style, style == "table", under)
     return [texts.get(i, drawn[i]) for i in range(n)]
