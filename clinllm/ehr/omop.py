@@ -21,7 +21,7 @@ __all__ = ['TABLES', 'LOOKED_UP', 'NOT_OPENED', 'LEFT_OUT', 'COLUMNS', 'BILLED',
            'EMERGENCY', 'VISITS', 'DISCHARGE', 'INTENSIVE', 'ITEMS', 'OPERATORS', 'VITALS', 'NOTES', 'RULES', 'OMOP',
            'Concepts']
 
-# %% ../../nbs/ehr/omop.ipynb #5caa2d19
+# %% ../../nbs/ehr/omop.ipynb #f58303ac
 TABLES = ("person", "death", "observation_period", "payer_plan_period", "visit_occurrence", "visit_detail", "condition_occurrence", "drug_exposure",
           "procedure_occurrence", "device_exposure", "measurement", "observation", "note")
 LOOKED_UP = ("concept", "care_site")
@@ -39,8 +39,10 @@ def _table_name(table) -> str:
 def _connect(path: Path):
     "A DuckDB file, read only"
     import duckdb
+    with open(path, "rb") as f:
+        if f.read(12)[8:] != b"DUCK": raise DataError(f"{path.name} is not a DuckDB database. Name the folder of the export or its DuckDB file.")
     try: return duckdb.connect(str(path), read_only=True)
-    except duckdb.Error as e: raise DataError(f"{path.name} cannot be opened as a DuckDB database ({type(e).__name__}). Name the folder of the export or its DuckDB file; close other programs that write to it.") from None
+    except duckdb.Error as e: raise DataError(f"{path.name} cannot be opened as a DuckDB database ({type(e).__name__}). Close other programs and connections that use it; if it is damaged, export it again.") from None
 
 class _Stored(NamedTuple):
     "A table of a DuckDB file"
@@ -52,11 +54,12 @@ class _Stored(NamedTuple):
 def _layout(path: Path, stamp: int) -> dict:
     "The tables by name in lower case; the schema that holds person goes before others"
     with _connect(path) as db:
-        rows = db.execute("select schema_name, table_name, column_name from duckdb_columns() where not internal order by schema_name <> 'main', schema_name, table_name, column_index").fetchall()
+        rows = db.execute("select schema_name, table_name, column_name from duckdb_columns() where not internal and database_name = current_database() order by schema_name <> 'main', schema_name, table_name, column_index").fetchall()
+        base = db.execute("select current_database()").fetchall()[0][0]
         sizes = {(schema, table): n for schema, table, n in db.execute("select schema_name, table_name, estimated_size from duckdb_tables()").fetchall()}
     home = next((schema for schema, table, _ in rows if table.lower() == "person"), "main"); quote = lambda name: '"' + name.replace('"', '""') + '"'; found = {}
     for schema, table, column in sorted(rows, key=lambda r: r[0] != home):
-        source = f"{quote(schema)}.{quote(table)}"; stored = found.setdefault(table.lower(), _Stored(source, {}, sizes.get((schema, table), 0)))
+        source = ".".join(map(quote, (base, schema, table))); stored = found.setdefault(table.lower(), _Stored(source, {}, sizes.get((schema, table), 0)))
         if stored.source == source: stored.columns[column.lower()] = column
     return found
 
@@ -197,7 +200,7 @@ def _stamped(block, stem, clock: bool) -> pl.DataFrame:
     tomorrow = pl.coalesce(_day(block, date), _day(block, exact)).cast(pl.Datetime("us")) + pl.duration(days=1)
     return block.with_columns(when_=pl.coalesce(as_time(exact), as_time(date)), known_=pl.when(~timed).then(tomorrow))
 
-# %% ../../nbs/ehr/omop.ipynb #fa4aa894
+# %% ../../nbs/ehr/omop.ipynb #e3293a1c
 BILLED = r"(?i)claim|bill|discharge|(inpatient|outpatient) (detail|header)"      # in the name of a type concept
 _BILLED_IDS = [32019, *range(32810, 32814), 32816, 32821, 32823, 32824, *range(32844, 32847), *range(32853, 32856), *range(32859, 32862), *range(32871, 32874), 32881, *range(38000183, 38000245)]
 
@@ -208,9 +211,13 @@ def _late(block, table, context) -> pl.DataFrame:
     for i, c in enumerate(asked):
         block = block.join(names.rename({"label": f"type_{i}"}), left_on=c, right_on="concept_id", how="left", maintain_order="left")
         billed = billed | pl.col(f"type_{i}").str.contains(BILLED if i == 0 else "(?i)discharge|final").fill_null(False)
-    billed, own = billed.fill_null(False), pl.coalesce(_day(block, f"{ITEMS[table][2]}_date"), _day(block, f"{ITEMS[table][2]}_datetime")).cast(pl.Datetime("us"))
-    bill = pl.when(pl.col("hadm_id").is_null()).then(own).otherwise("left_") + pl.duration(days=1)
-    return block.with_columns(known_=pl.when(billed).then(pl.max_horizontal(bill, "known_")).otherwise("known_"), open_=billed & pl.col("hadm_id").is_not_null() & pl.col("left_").is_null())
+    start = ITEMS[table][2]; day = pl.coalesce(_day(block, f"{start}_date"), _day(block, f"{start}_datetime"))
+    block = block.with_columns(billed_=billed.fill_null(False), day_=day, row_=pl.int_range(pl.len()))
+    near = block.filter(pl.col("billed_") & pl.col("hadm_id").is_null() & pl.col("day_").is_not_null()).select("row_", "person_id", "day_").sort("day_").join_asof(
+        context["spans"], left_on="day_", right_on="first_", by="person_id", check_sortedness=False).filter(pl.col("stay_").is_not_null() & (pl.col("end_").is_null() | (pl.col("day_") <= pl.col("end_").dt.date())))
+    block = block.join(near.select("row_", "stay_", "end_"), on="row_", how="left", maintain_order="left").with_columns(stay_=pl.coalesce("hadm_id", "stay_"), left_=pl.coalesce("left_", "end_"))
+    bill = pl.when(pl.col("stay_").is_null()).then(pl.col("day_").cast(pl.Datetime("us"))).otherwise("left_") + pl.duration(days=1)
+    return block.with_columns(known_=pl.when("billed_").then(pl.max_horizontal(bill, "known_")).otherwise("known_"), open_=pl.col("billed_") & pl.col("stay_").is_not_null() & pl.col("left_").is_null())
 
 # %% ../../nbs/ehr/omop.ipynb #82c0b21b
 GENDER = {8507: "Male", 8532: "Female", 8521: "Other", 8570: "Other"}
@@ -328,7 +335,7 @@ def _drugs(block, context):
 
 def _devices(block, context): return [_say(_items(block, "device_exposure", context), "other")]
 
-# %% ../../nbs/ehr/omop.ipynb #b32efd69
+# %% ../../nbs/ehr/omop.ipynb #192e7541
 OPERATORS = {4171756: "<", 4172704: ">", 4171754: "<=", 4171755: ">="}
 VITALS = [code for code, name in LOINC.items() if CONCEPTS[name].kind == "vital"] + ["29463-7", "3141-9", "8302-2", "39156-5", "8331-1", "2710-2"]
 
@@ -337,7 +344,7 @@ def _valued(b, context) -> pl.DataFrame:
     facts = context["concepts"].of(b, "unit_concept_id", "value_as_concept_id")
     units = facts.select("concept_id", ucum=pl.when(pl.col("system") == "UCUM").then("local").otherwise("label"))
     b = b.join(units, left_on="unit_concept_id", right_on="concept_id", how="left", maintain_order="left")
-    b = _labelled(b, "value_as_concept_id", context, "said_")
+    b = b.join(facts.select("concept_id", said_=pl.coalesce("label", "code")), left_on="value_as_concept_id", right_on="concept_id", how="left", maintain_order="left")
     return b.with_columns(unit_=pl.coalesce("ucum", pl.col("unit_source_value").cast(pl.String)), number_=pl.col("value_as_number"))
 
 def _measurements(block, context):
@@ -367,21 +374,22 @@ def _notes(block, context):
     b = b.with_columns(code_=pl.lit("NOTE//") + pl.coalesce(_match(words, NOTES), slug, pl.lit("note")), text_=pl.when(text.str.strip_chars() != "").then(text))
     return [emit(b, "note", "code_", "when_", subject="person_id", hadm="hadm_id", known="known_", text="text_", where=pl.col("text_").is_not_null()), reject(b, "note without text", where=pl.col("text_").is_null())]
 
-# %% ../../nbs/ehr/omop.ipynb #45430462
+# %% ../../nbs/ehr/omop.ipynb #1f5582ee
 def _prepare(tables) -> dict:
     "What has to be known before the events"
     of = lambda name: [t for t in tables if t.name == name]
     gather = lambda name, *columns: pl.concat([pl.DataFrame(schema=dict.fromkeys(columns, pl.Null)), *(b.select(columns) for t in of(name) for b in _read(t, columns=columns))], how="vertical_relaxed")
-    ends = lambda b, stem: pl.coalesce(parse_times(b[f"{stem}_datetime"]), parse_times(b[f"{stem}_date"]))
-    visits, last = [pl.DataFrame(schema=dict(visit_occurrence_id=pl.Int64, visit_concept_id=pl.Int64, left_=pl.Datetime("us")))], []
+    times = lambda b, stem: pl.coalesce(parse_times(b[f"{stem}_datetime"]), parse_times(b[f"{stem}_date"]))
+    visits, last = [pl.DataFrame(schema=dict(visit_occurrence_id=pl.Int64, person_id=pl.Int64, visit_concept_id=pl.Int64, begun=pl.Datetime("us"), left_=pl.Datetime("us")))], []
     for b in (b for t in of("visit_occurrence") for b in _read(t)):
-        v = b.filter(pl.col("visit_concept_id").is_in([*STAYS, *EMERGENCY])); visits.append(v.select("visit_occurrence_id", "visit_concept_id", left_=pl.select(ends(v, "visit_end")).to_series()))
+        v = b.filter(pl.col("visit_concept_id").is_in([*STAYS, *EMERGENCY])); visits.append(v.select("visit_occurrence_id", "person_id", "visit_concept_id", begun=pl.select(times(v, "visit_start")).to_series(), left_=pl.select(times(v, "visit_end")).to_series()))
     for b in (b for t in of("observation_period") for b in _read(t)): last.append(b.group_by("person_id").agg(last=_day(b, "observation_period_end_date").max()))
     visits = pl.concat(visits).drop_nulls("visit_occurrence_id"); stay = pl.col("visit_concept_id").is_in(list(STAYS))
     sites = gather("care_site", "care_site_id", "care_site_name", "care_site_source_value").cast(dict(care_site_id=pl.Int64, care_site_name=pl.String, care_site_source_value=pl.String))
     concepts = Concepts(of("concept"))
     return dict(subjects=gather("person", "person_id")["person_id"].cast(pl.Int64).drop_nulls().unique(), concepts=concepts,
         remarks=[] if concepts.path else ["the database has no table concept: codes stay OMOP//number"],
+        spans=visits.filter(stay).select("person_id", first_=pl.col("begun").dt.date() - pl.duration(days=1), stay_="visit_occurrence_id", end_="left_").drop_nulls(["person_id", "first_"]).sort("first_"),
         stays=visits.filter(stay).group_by("visit_occurrence_id").agg(pl.col("left_").max()).with_columns(hadm_id="visit_occurrence_id"), emergency=visits.filter(~stay)["visit_occurrence_id"],
         last=pl.concat([pl.DataFrame(schema=dict(person_id=pl.Int64, last=pl.Date)), *last]).group_by("person_id").agg(pl.col("last").max()),
         sites=sites.select("care_site_id", site=pl.coalesce("care_site_name", "care_site_source_value")).drop_nulls().unique("care_site_id", keep="first", maintain_order=True),
