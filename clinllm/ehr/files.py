@@ -96,8 +96,8 @@ def _ahead(items, n: int = 2):
         if got[1]: raise got[1]
     finally: stop.set()
 
-# %% ../../nbs/ehr/files.ipynb #b95054e2
-BLOCK = 16 << 20        # bytes in a block
+# %% ../../nbs/ehr/files.ipynb #77483de2
+BLOCK = 8 << 20         # bytes in a block
 
 def _end(data: bytes, quotes: bool) -> int:
     "Where the last whole record of some bytes ends; 0 where there is none"
@@ -160,7 +160,7 @@ def _parse(data: bytes, names: list, columns: list, separator: str, start: int, 
     if wrong: damage.add(start + lines[wrong], "row has another number of fields than the header"); lines = np.delete(lines, wrong)
     return pl.from_arrow(table).with_columns(line=pl.Series(start + lines).cast(pl.UInt32))
 
-# %% ../../nbs/ehr/files.ipynb #1a9d71ac
+# %% ../../nbs/ehr/files.ipynb #85fafc18
 def _header(data: bytes) -> tuple:
     "Column names in lower case, the separator, and the rest of a block"
     line, _, rest = data.partition(b"\n"); text = line.decode("utf-8", errors="replace").strip("\r")
@@ -210,7 +210,7 @@ def scan(table: Table,              # the file
 
 def scan_lines(table: Table,        # an ndjson file
                damage: Damage = None,   # is told what could not be read
-               size: int = BLOCK // 4,  # bytes in a block
+               size: int = BLOCK // 2,  # bytes in a block
                ) -> Iterator[list]:     # blocks of (line, bytes); empty lines are left out
     "The lines of a file, block by block"
     start, damage = 1, damage if damage is not None else Damage()
