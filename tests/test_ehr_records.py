@@ -11,6 +11,7 @@ from clinllm.ehr import mimic_demo
 from clinllm.ehr.cohort import READMISSION_30D, build_cohort, join_stays, next_unplanned, read_episodes, read_stays
 from clinllm.ehr.features import COLUMNS, features
 from clinllm.ehr.mimic_demo import fetch_mimic_demo, read_mimic_demo
+from clinllm.ehr.mimic_iv import ADMISSION
 from clinllm.ehr.rendering import count_roughly, discharge_notes, model_input, render
 from clinllm.ehr.sources import has_notes, load_timeline, read_meds, write_meds
 
@@ -39,15 +40,15 @@ def test_demo_agrees_with_an_independent_copy(demo, shared_data):
     other = pd.read_csv(shared_data / "mimic4-demo-tinyehr" / "admissions.csv", parse_dates=["admittime", "dischtime"])
     ours = read_stays(demo.events).to_pandas().merge(other, on="hadm_id", suffixes=("", "_other"))
     assert len(ours) == len(other) and (ours["subject_id"] == ours["subject_id_other"]).all()
-    assert (ours["type"] == ours["admission_type"].map(mimic_demo.ADMISSION)).all()
+    assert (ours["type"] == ours["admission_type"].map(ADMISSION)).all()
     off = ours.assign(days=((ours["dischtime"] - ours["admittime"]) - (ours["discharged"] - ours["admitted"])).dt.total_seconds() / 86400).query("days != 0")
     assert len(off) == 4 and (off["days"].abs() == 1).all() and (off["admitted"].dt.month == 2).all() and (off["discharged"].dt.month == 3).all()   # leap days: that copy moved years
     codes = pd.read_csv(shared_data / "mimic4-demo-tinyehr" / "diagnoses_icd.csv", dtype=str)
     codes = codes[codes["hadm_id"].isin(ours["hadm_id"].astype(str)) & ~((codes["icd_version"] == "9") & codes["icd_code"].str.startswith("E"))]    # its dots in E codes are misplaced
-    theirs = set(zip(codes["hadm_id"].astype(int), "DIAGNOSIS//ICD" + codes["icd_version"] + "CM//" + codes["icd_code"]))
-    mine = demo.events.filter(pl.col("code").str.starts_with("DIAGNOSIS") & ~pl.col("code").str.contains("ICD9CM//E") & pl.col("hadm_id").is_in(ours["hadm_id"].tolist()))
+    theirs = set(zip(codes["hadm_id"].astype(int), "ICD" + codes["icd_version"] + "CM//" + codes["icd_code"]))
+    mine = demo.events.filter((pl.col("kind") == "diagnosis") & ~pl.col("code").str.contains("ICD9CM//E") & pl.col("hadm_id").is_in(ours["hadm_id"].tolist()))
     assert set(mine.select("hadm_id", "code").rows()) == theirs
-    assert "DIAGNOSIS//ICD9CM//E885.9" in set(demo.events["code"])
+    assert "ICD9CM//E885.9" in set(demo.events["code"])
 
 def plain_labels(stays, days=30, hours=6):
     "A slow loop, written from the definition: next unplanned inpatient admission after the episode's end"
