@@ -153,7 +153,7 @@ class Cohort(Table):
     @property
     def prevalence(self) -> float: return float(self.frame["label"].mean()) if len(self) else float("nan")
 
-# %% ../../nbs/core/tables.ipynb #12dc72d7
+# %% ../../nbs/core/tables.ipynb #095767a9
 def _like(cohort: Cohort, frame) -> Cohort: return Cohort(frame, cohort.task, cohort.flow)
 
 def _split(self: Cohort, name: str) -> Cohort:
@@ -173,7 +173,12 @@ def _cohort_html(self):
     by = self.frame.groupby("split").agg(patients=("subject_id", "nunique"), predictions=("label", "size"), positive=("label", "sum"), prevalence=("label", "mean"))
     return _card(repr(self), by.reindex([s for s in SPLITS if s in by.index]).reset_index(), [f"{step}: {n:,}" for step, n in self.flow])
 
-Cohort.of, Cohort.sample, Cohort.__repr__, Cohort._repr_html_ = _split, _sample, _cohort_repr, _cohort_html
+def _cohort_str(self):
+    "Size, then how many rows each step left"
+    width = max((len(f"{n:,}") for _, n in self.flow), default=0)
+    return "\n".join([repr(self), *(f"  {n:>{width},}  {step}" for step, n in self.flow)])
+
+Cohort.of, Cohort.sample, Cohort.__repr__, Cohort.__str__, Cohort._repr_html_ = _split, _sample, _cohort_repr, _cohort_str, _cohort_html
 
 # %% ../../nbs/core/tables.ipynb #ab498784
 STATUSES = ("ok", "refused", "unparsed", "error")

@@ -16,7 +16,7 @@ from ..core.tables import Task
 from .vocabulary import with_meaning
 
 # %% auto #0
-__all__ = ['WINDOW_KEYS', 'PREDICATE_KEYS', 'METADATA_KEYS', 'ANY', 'GROUPS', 'TASKS', 'read_duration', 'parse_task',
+__all__ = ['WINDOW_KEYS', 'PREDICATE_KEYS', 'METADATA_KEYS', 'ANY', 'GROUPS', 'TASKS', 'read_duration', 'parse_task', 'matches',
            'mark_events', 'count_between', 'evaluate', 'aki_events', 'measured', 'load_tasks', 'find_task']
 
 # %% ../../nbs/ehr/task.ipynb #845cce59
@@ -149,8 +149,9 @@ def _times(rows: pl.DataFrame, marks: pl.DataFrame, rules: dict, window: str, si
         strategy="forward" if sign == "->" else "backward", allow_exact_matches=bool(d.get(f"{side}_inclusive", True)))
     return rows.join(found.select("row", me), on="row", how="left")
 
-# %% ../../nbs/ehr/task.ipynb #56f3cf45
-def _matches(p: dict) -> pl.Expr:
+# %% ../../nbs/ehr/task.ipynb #3ff38d87
+def matches(p: dict,        # a plain predicate, such as {"code": "MEDS_DEATH"}
+            ) -> pl.Expr:   # true where an event fits
     "Which events a plain predicate names"
     code, value = pl.col("code"), pl.col("numeric_value")
     if isinstance(p["code"], dict): rule = code.str.contains(p["code"]["regex"]) if "regex" in p["code"] else code.is_in(p["code"]["any"])
@@ -168,13 +169,13 @@ def _derived(predicates: dict) -> list:
     if bad: raise DataError(f"predicate {bad[0]!r} cannot be resolved. Write expr: or(a, b) or and(a, b) with names of predicates that do not refer back.")
     return done
 
-# %% ../../nbs/ehr/task.ipynb #35af591f
+# %% ../../nbs/ehr/task.ipynb #e19299dc
 def mark_events(events: pl.DataFrame,       # subject_id, time, code, numeric_value
                 predicates: dict,           # name → definition
                 any_event: bool = False,    # whether `_ANY_EVENT` is needed
                 ) -> pl.DataFrame:          # subject_id, time and per predicate how many events match, in order of time
     "Count the events of each predicate, by patient and time"
-    plain = {n: _matches(p) for n, p in predicates.items() if "code" in p}
+    plain = {n: matches(p) for n, p in predicates.items() if "code" in p}
     events = events.filter(pl.col("time").is_not_null())
     hits = (events if any_event else events.filter(pl.any_horizontal(*plain.values()))).with_columns(**{n: rule.cast(pl.Int64) for n, rule in plain.items()})
     marks = hits.group_by("subject_id", "time").agg(pl.col(list(plain)).sum(), pl.lit(1, dtype=pl.Int64).alias(ANY))
@@ -196,7 +197,7 @@ def count_between(rows: pl.DataFrame,       # has row, subject_id and the two co
         return found.sort("row").select(pl.col(names).fill_null(0))
     return upto(end, right, datetime(9999, 1, 1)) - upto(start, not left, datetime(1, 1, 1))
 
-# %% ../../nbs/ehr/task.ipynb #25db3a4d
+# %% ../../nbs/ehr/task.ipynb #4070a29f
 def evaluate(events: pl.DataFrame,      # subject_id, time, code, numeric_value, known_time
              rules: dict,               # `Task.rules`
              ) -> tuple:                # rows (subject_id, trigger, prediction_time, count, outcome_start, outcome_end, not_negative), steps [(text, rows left)]
@@ -208,7 +209,7 @@ def evaluate(events: pl.DataFrame,      # subject_id, time, code, numeric_value,
     rows = marks.filter(pl.col(rules["trigger"]) > 0).select("subject_id", trigger="time").sort("subject_id", "trigger").with_row_index("row")
     steps = [(f"{rules['trigger'].replace('_', ' ')} on record", len(rows))]
     for p in rules["patient_demographics"].values():
-        rows = rows.join(events.filter(pl.col("time").is_null() & _matches(p)).select("subject_id").unique(), on="subject_id", how="semi", maintain_order="left")
+        rows = rows.join(events.filter(pl.col("time").is_null() & matches(p)).select("subject_id").unique(), on="subject_id", how="semi", maintain_order="left")
     if rules["patient_demographics"]: steps.append((", ".join(rules["patient_demographics"]), len(rows)))
     for w in windows:
         for side in ("start", "end"): rows = _times(rows, marks, rules, w, side)
