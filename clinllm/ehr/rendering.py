@@ -77,11 +77,12 @@ def trends(m: pl.DataFrame,         # from `measurements`
     word = pl.when(pl.col("change") > TREND_WIDTHS).then(pl.lit("rising")).when(pl.col("change") < -TREND_WIDTHS).then(pl.lit("falling")).when(pl.col("change").is_not_null()).then(pl.lit("steady"))
     return change.select("row", "kind", "name", "unit", trend=word)
 
-# %% ../../nbs/ehr/rendering.ipynb #cfd18e2d
+# %% ../../nbs/ehr/rendering.ipynb #a0fc45f8
 PLAIN = {"1": "", "[pH]": "", "Cel": "C", "mm[Hg]": "mmHg", "{score}": ""}     # UCUM as people write it
 
 def _number(column): return pl.col(column).round_sig_figs(3).cast(pl.String).str.replace(r"\.0$", "")
 def _side(value): return pl.when(pl.col(value) > pl.col("high")).then(pl.lit(" high")).when(pl.col(value) < pl.col("low")).then(pl.lit(" low")).otherwise(pl.lit(""))
+def _one_line(column): return pl.col(column).str.replace_all(r"\s+", " ")
 def _if(condition, *parts): return pl.when(condition).then(pl.concat_str(*parts)).otherwise(pl.lit(""))
 
 def _results(m):
@@ -97,24 +98,26 @@ def _as_prose(r):
     unit, trend = _if(pl.col("unit_text") != "", pl.lit(" "), "unit_text"), _if(pl.col("trend").is_not_null(), pl.lit(", "), "trend")
     was = _if(pl.col("severity") > pl.col("now"), pl.lit(" (was "), _number("worst"), _side("worst"), pl.lit(")"))
     old = _if(pl.col("age") > pl.duration(days=1), pl.lit(", "), pl.col("age").dt.total_days().cast(pl.String), pl.lit(" d ago"))
-    return r.select("row", "section", text=pl.concat_str("name", _number("last"), separator=" ") + unit + _side("last") + trend + was + old)
+    return r.select("row", "section", text=pl.concat_str(_one_line("name"), _number("last"), separator=" ") + unit + _side("last") + trend + was + old)
 
 def _as_row(r):
     "A result as a row of a table: name and unit, last, trend, worst where it was worse, age"
     hours = pl.col("age").dt.total_hours()
     age = pl.when(hours < 48).then(hours.cast(pl.String) + " h").otherwise(pl.col("age").dt.total_days().cast(pl.String) + " d")
-    name = pl.col("name").str.replace_all("|", "/", literal=True) + _if(pl.col("unit_text") != "", pl.lit(", "), "unit_text")
+    name = _one_line("name").str.replace_all("|", "/", literal=True) + _if(pl.col("unit_text") != "", pl.lit(", "), "unit_text")
     worst = _if(pl.col("severity") > pl.col("now"), _number("worst"), _side("worst"))
     return r.select("row", "section", text=pl.concat_str(name, _number("last") + _side("last"), pl.col("trend").fill_null(""), worst, age, separator=" | "))
 
-# %% ../../nbs/ehr/rendering.ipynb #59274c8d
+# %% ../../nbs/ehr/rendering.ipynb #369ab773
 def read_diagnoses(known: pl.DataFrame,     # from `known_events`
                    ) -> pl.DataFrame:       # row, time (latest), code (such as "I50.9"), condition (missing for rarer ones), label
     "Distinct diagnosis codes known at each prediction"
     d = known.filter(pl.col("kind") == "diagnosis").group_by("row", "local").agg(pl.col("time").max(), pl.col("condition", "label").min())
     return d.select("row", "time", "condition", "label", code="local").sort("row", "time", "code", descending=[False, True, False], nulls_last=True)
 
-def _plain(): return pl.col("label").str.replace(r" \((disorder|finding|situation|procedure|substance|product|clinical drug)\)$", "").str.replace_all(r"[\s;]+", " ")
+def _plain():
+    "The label in one line, without the type that SNOMED CT adds to its names"
+    return pl.col("label").str.replace_all(r"[\s;]+", " ").str.replace(r" \((disorder|finding|situation|procedure|substance|product|clinical drug)\)$", "")
 
 def _diagnoses(known):
     "Diagnoses in words, those with a name first, then the newest"
