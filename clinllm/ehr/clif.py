@@ -102,7 +102,7 @@ def _adt(b, c):
             emit(b, "visit", pl.lit("VISIT//EMERGENCY"), "in_dttm", hadm="stay", where=place == "ed"), emit(b, "visit", pl.lit("ICU_ADMISSION//") + unit, "in_dttm", hadm="stay", where=icu & pl.col("enters")),
             emit(b, "visit", pl.lit("ICU_DISCHARGE//") + unit, "out_dttm", hadm="stay", where=icu & pl.col("leaves") & pl.col("out_dttm").is_not_null())]
 
-# %% ../../nbs/ehr/clif.ipynb #abdb98dd
+# %% ../../nbs/ehr/clif.ipynb #a401382c
 UNITS = {"heart_rate": "/min", "respiratory_rate": "/min", "sbp": "mm[Hg]", "dbp": "mm[Hg]", "map": "mm[Hg]", "spo2": "%", "temp_c": "Cel", "weight_kg": "kg", "height_cm": "cm"}
 def _kind(concept, kind): return pl.when(concept.is_in([n for n, c in CONCEPTS.items() if c.kind == kind])).then(concept)
 def _category(column): return _lower(column).str.replace_all(" ", "_")
@@ -111,7 +111,8 @@ def _labs(b, c):
     "Results by the time of the sample, known when reported"
     b = b.with_columns(_taken=pl.coalesce(parse_times(b["lab_collect_dttm"]), parse_times(b["lab_result_dttm"])))
     name = _category("lab_category").fill_null(_category("lab_name")); loinc = pl.lit("LOINC//") + pl.col("lab_loinc_code").str.strip_chars().replace("", None)
-    value = pl.when(pl.col("lab_value").cast(pl.String).str.contains(r"^\s*[<>≤≥]")).then(pl.col("lab_value")).otherwise(pl.coalesce(pl.col("lab_value_numeric").cast(pl.String), pl.when(~_lower("lab_value").is_in(["___"])).then("lab_value")))
+    said = pl.when(~_lower("lab_value").is_in(["___"])).then("lab_value")
+    value = pl.when(pl.col("lab_value").str.contains(r"^\s*[<>≤≥]")).then("lab_value").otherwise(pl.coalesce(pl.col("lab_value_numeric").cast(pl.String), said))
     return [emit(b, "lab", pl.coalesce(loinc, pl.lit("CLIF//") + name), "_taken", hadm="stay", number=value, unit=pl.col("reference_unit"), known="lab_result_dttm",
                  name=name.str.replace_all("_", " "), concept=_kind(to_concept(name), "lab")),
             reject(b, "no time of result: taken as known when drawn", pl.col("lab_result_dttm").is_null() & pl.col("lab_collect_dttm").is_not_null(), "kept")]
@@ -119,7 +120,8 @@ def _labs(b, c):
 def _vitals(b, c):
     "Vital signs, weight and height"
     name = _category("vital_category")
-    return [emit(b, "vital", pl.lit("CLIF//") + name, "recorded_dttm", hadm="stay", number="vital_value", unit=name.replace_strict(UNITS, default=None, return_dtype=pl.String), name=name.str.replace_all("_", " "), concept=_kind(to_concept(name), "vital"))]
+    return [emit(b, "vital", pl.lit("CLIF//") + name, "recorded_dttm", hadm="stay", number="vital_value",
+                 unit=name.replace_strict(UNITS, default=None, return_dtype=pl.String), name=name.str.replace_all("_", " "), concept=_kind(to_concept(name), "vital"))]
 
 # %% ../../nbs/ehr/clif.ipynb #bab3eb31
 def _drugs(b, c):
@@ -139,9 +141,12 @@ def _procedures(b, c):
     system = _lower("procedure_code_format"); icd = icd_code(pl.col("procedure_code"), system.str.extract(r"icd-?(9|10)"), procedure=True)
     return [emit(b, "procedure", pl.coalesce(icd, pl.when(system.is_in(["cpt", "cpt4", "hcpcs"])).then(hcpcs_code(pl.col("procedure_code")))), "procedure_billed_dttm", hadm="stay", known="billed")]
 
-# %% ../../nbs/ehr/clif.ipynb #ac142030
-BREATHING = {"fio2_set": "1", "lpm_set": "L/min", "tidal_volume_set": "mL", "resp_rate_set": "/min", "pressure_control_set": "cm[H2O]", "pressure_support_set": "cm[H2O]", "flow_rate_set": "L/min", "peak_inspiratory_pressure_set": "cm[H2O]",
-             "inspiratory_time_set": "s", "peep_set": "cm[H2O]", "tidal_volume_obs": "mL", "resp_rate_obs": "/min", "plateau_pressure_obs": "cm[H2O]", "peak_inspiratory_pressure_obs": "cm[H2O]", "peep_obs": "cm[H2O]", "minute_vent_obs": "L/min",
+# %% ../../nbs/ehr/clif.ipynb #b52ba1a0
+BREATHING = {"fio2_set": "1", "lpm_set": "L/min", "tidal_volume_set": "mL", "resp_rate_set": "/min",
+             "pressure_control_set": "cm[H2O]", "pressure_support_set": "cm[H2O]", "flow_rate_set": "L/min",
+             "peak_inspiratory_pressure_set": "cm[H2O]",
+             "inspiratory_time_set": "s", "peep_set": "cm[H2O]", "tidal_volume_obs": "mL", "resp_rate_obs": "/min",
+             "plateau_pressure_obs": "cm[H2O]", "peak_inspiratory_pressure_obs": "cm[H2O]", "peep_obs": "cm[H2O]", "minute_vent_obs": "L/min",
              "mean_airway_pressure_obs": "cm[H2O]"}
 DIALYSIS = {n: "mL/h" for n in ("blood_flow_rate", "pre_filter_replacement_fluid_rate", "post_filter_replacement_fluid_rate", "dialysate_flow_rate")} | {"ultrafiltration_out": "mL"}
 

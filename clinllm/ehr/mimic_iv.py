@@ -62,11 +62,12 @@ def billed_times(stays: pl.DataFrame,   # subject_id, hadm_id, admitted, dischar
     end = join_stays(known).select("hadm_id", billed=pl.when(whole(pl.col("discharged").is_not_null().all())).then(whole(pl.col("discharged").max())).dt.offset_by("1d")).unique("hadm_id")
     return stays.join(end, on="hadm_id", how="left", maintain_order="left")
 
-# %% ../../nbs/ehr/mimic_iv.ipynb #9df82223
-RACES = {"HISPANIC": "Hispanic", "SOUTH AMERICAN": "Hispanic", "WHITE": "White", "PORTUGUESE": "White", "BLACK": "Black", "ASIAN": "Asian", "AMERICAN INDIAN": "Native American", "NATIVE HAWAIIAN": "Other", "MULTIPLE": "Other", "OTHER": "Other"}
+# %% ../../nbs/ehr/mimic_iv.ipynb #ff1b6de6
+RACES = {"HISPANIC": "Hispanic", "SOUTH AMERICAN": "Hispanic", "WHITE": "White", "PORTUGUESE": "White", "BLACK": "Black", "ASIAN": "Asian",
+         "AMERICAN INDIAN": "Native American", "NATIVE HAWAIIAN": "Other", "MULTIPLE": "Other", "OTHER": "Other"}
 
 def read_race(text: pl.Expr) -> pl.Expr:
-    "Race and ethnicity as MIMIC writes them, as one of seven groups; unknown and declined are missing"
+    "Race and ethnicity as MIMIC writes them, as one of six groups; unknown and declined are missing"
     race = pl.lit(None, pl.String)
     for start, group in RACES.items(): race = pl.when(text.str.to_uppercase().str.starts_with(start)).then(pl.lit(group)).otherwise(race)
     return race
@@ -84,13 +85,15 @@ def _read_stays(tables) -> pl.DataFrame:
     says = lambda c: (pl.col(c) & (pl.col(c).cum_sum().over("subject_id") == 1)).alias(f"says_{c}")
     return billed_times(s.with_columns(says("race"), says("language"))).select("subject_id", "hadm_id", "discharged", "died", "billed", "says_race", "says_language")
 
-# %% ../../nbs/ehr/mimic_iv.ipynb #85390003
-LABS = {"creatinine": "creatinine", "creatinine, whole blood": "creatinine", "urea nitrogen": "BUN", "sodium": "sodium", "sodium, whole blood": "sodium", "potassium": "potassium", "potassium, whole blood": "potassium",
-        "chloride": "chloride", "chloride, whole blood": "chloride", "bicarbonate": "bicarbonate", "calcium, total": "calcium", "magnesium": "magnesium", "phosphate": "phosphate", "glucose": "glucose", "glucose, whole blood": "glucose",
-        "albumin": "albumin", "protein, total": "total protein", "alanine aminotransferase (alt)": "ALT", "asparate aminotransferase (ast)": "AST", "aspartate aminotransferase (ast)": "AST", "alkaline phosphatase": "alkaline phosphatase",
-        "bilirubin, total": "bilirubin", "lactate dehydrogenase (ld)": "LDH", "lactate": "lactate", "hemoglobin": "hemoglobin", "white blood cells": "WBC", "platelet count": "platelets", "inr(pt)": "INR", "pt": "PT", "ptt": "PTT",
-        "c-reactive protein": "CRP", "ferritin": "ferritin", "troponin t": "troponin T", "ntprobnp": "NT-proBNP", "% hemoglobin a1c": "HbA1c"}
-VITALS = {"heart rate": "heart rate", "respiratory rate": "respiratory rate", "respiratory rate (total)": "respiratory rate", "o2 saturation pulseoxymetry": "oxygen saturation", "temperature fahrenheit": "temperature", "temperature celsius": "temperature",
+# %% ../../nbs/ehr/mimic_iv.ipynb #6733d7f1
+LABS = {    # label of a blood test in small letters: concept
+    **{n: n for n in ("creatinine", "sodium", "potassium", "chloride", "bicarbonate", "magnesium", "phosphate", "glucose", "albumin", "alkaline phosphatase", "lactate", "hemoglobin", "ferritin")},
+    **{f"{n}, whole blood": n for n in ("creatinine", "sodium", "potassium", "chloride", "glucose")},
+    "urea nitrogen": "BUN", "calcium, total": "calcium", "protein, total": "total protein", "bilirubin, total": "bilirubin", "alanine aminotransferase (alt)": "ALT",
+    "asparate aminotransferase (ast)": "AST", "aspartate aminotransferase (ast)": "AST", "lactate dehydrogenase (ld)": "LDH", "white blood cells": "WBC", "platelet count": "platelets",
+    "inr(pt)": "INR", "pt": "PT", "ptt": "PTT", "c-reactive protein": "CRP", "troponin t": "troponin T", "ntprobnp": "NT-proBNP", "% hemoglobin a1c": "HbA1c"}
+VITALS = {"heart rate": "heart rate", "respiratory rate": "respiratory rate", "respiratory rate (total)": "respiratory rate", "o2 saturation pulseoxymetry": "oxygen saturation",
+          "temperature fahrenheit": "temperature", "temperature celsius": "temperature",
           **{f"{site} {part}".lower(): f"{part.lower()} pressure" for site in ("Non Invasive Blood Pressure", "Arterial Blood Pressure", "ART BP", "Manual Blood Pressure") for part in ("Systolic", "Diastolic", "Mean")},
           **{f"manual blood pressure {part} {side}": f"{part} pressure" for part in ("systolic", "diastolic") for side in ("left", "right")}}
 
@@ -250,7 +253,7 @@ def _inputs(b, c):
 
 def _item(b, c): return b.join(c["items"], on="itemid", how="left", maintain_order="left").with_columns(code=pl.coalesce("code", pl.lit("MIMIC//") + pl.col("itemid")))
 
-# %% ../../nbs/ehr/mimic_iv.ipynb #2fe26e99
+# %% ../../nbs/ehr/mimic_iv.ipynb #ae4dbd21
 def _chartevents(b, c):
     "Vital signs and observations"
     b = _item(b, c); vital = _known("concept"); rest = dict(time="charttime", hadm="hadm_id", number=pl.coalesce("valuenum", "value"), unit="valueuom", known="storetime", name="label")
@@ -268,7 +271,8 @@ def _omr(b, c):
     at = dict(time="chartdate", known=end_of_day("chartdate")); pressure = name.str.starts_with("blood pressure") & value.str.contains(r"^\d+(\.\d+)?\s*/\s*\d+(\.\d+)?$")
     part = lambda i: name.str.extract(r"^blood pressure (\w+)").replace_strict({k: v[i] for k, v in POSTURE.items()}, default=("8480-6", "8462-4")[i], return_dtype=pl.String)
     field = lambda i: word.replace_strict({k: v[i] for k, v in CLINIC.items()}, default=None, return_dtype=pl.String)
-    sides = [emit(b, "vital", pl.lit("LOINC//") + part(i), number=value.str.split("/").list.get(i, null_on_oob=True), unit=pl.lit("mm[Hg]"), concept=pl.lit(f"{side} pressure"), where=pressure, **at) for i, side in enumerate(("systolic", "diastolic"))]
+    sides = [emit(b, "vital", pl.lit("LOINC//") + part(i), number=value.str.split("/").list.get(i, null_on_oob=True), unit=pl.lit("mm[Hg]"),
+                  concept=pl.lit(f"{side} pressure"), where=pressure, **at) for i, side in enumerate(("systolic", "diastolic"))]
     return [*sides, emit(b, "vital", pl.lit("LOINC//") + field(0), number="result_value", unit=field(2), name=field(1), where=field(0).is_not_null(), **at),
             emit(b, "observation", pl.lit("MIMIC//") + name, number="result_value", where=field(0).is_null() & ~pressure, **at)]
 
