@@ -135,6 +135,7 @@ def test_splits_that_cannot_be(hospital):
         with pytest.raises(TableError, match="less than 1"): build_cohort(hospital.timeline, validation=.6, test=.5, split_by=how)
     later = replace(hospital.timeline, events=hospital.timeline.events.with_columns(pl.col("time") + timedelta(days=36525)))
     with pytest.raises(DataError, match="dates were shifted"): build_cohort(later, split_by="temporal")
+    with pytest.raises(DataError, match="shifted by patient"): build_cohort(replace(hospital.timeline, shifted=True), split_by="temporal")
     c = build_cohort(hospital.timeline)
     with pytest.raises(TableError, match="two splits"): Cohort(c.frame.assign(split=np.where(np.arange(len(c)) % 2, "train", "test")), c.task)
 

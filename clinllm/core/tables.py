@@ -35,7 +35,7 @@ def _as_events(df: pl.DataFrame) -> pl.DataFrame:
         if n := df[c].null_count(): raise TableError(f"Timeline column {c!r} may not be missing; {n} of {len(df)} rows are. Drop or mend them first.")
     return df.sort("subject_id", "time", nulls_last=False, maintain_order=True)
 
-# %% ../../nbs/core/tables.ipynb #29fba94d
+# %% ../../nbs/core/tables.ipynb #bfd21d92
 @dataclass(frozen=True, repr=False)
 class Timeline:
     "Events of patients in the MEDS standard"
@@ -48,6 +48,7 @@ class Timeline:
     splits: pl.DataFrame | None = None  # `subject_id, split` where the source prescribes the splits (MEDS subject_splits)
     codes: pl.DataFrame | None = None   # `code, kind, description, concept, unit, n` where the source describes its codes
     task: str = ""                      # the clinical question that this source can answer; "" leaves it to the settings
+    shifted: bool = False               # whether dates were moved, each patient's by another amount, so that they have no common order
 
     def __post_init__(self):
         if self.kind not in ("synthetic", "real"): raise TableError(f"Timeline.kind must be 'synthetic' or 'real', got {self.kind!r}.")

@@ -298,7 +298,7 @@ def _codes_in_window(rows, events, predicate):
     found = rows.select("row", "subject_id", "outcome_start", "outcome_end").join(events.filter(matches(predicate)), on="subject_id").filter(pl.col("time").is_between("outcome_start", "outcome_end"))
     return found.group_by("row").agg(codes=pl.col("code").str.split("//").list.last().unique().sort().str.join(" "))
 
-# %% ../../nbs/ehr/cohort.ipynb #826117f9
+# %% ../../nbs/ehr/cohort.ipynb #55b17a04
 def _with_horizon(task, days):
     "The same task with another horizon; only for readmission, whose horizon is a convention"
     if days == task.horizon_days: return task
@@ -318,6 +318,7 @@ def _with_splits(rows, task, timeline, flow, validation, test, seed, split_by):
         return rows.to_pandas(), [*flow, ("in a split that the source prescribes", len(rows))]
     rows = rows.to_pandas()
     if split_by == "random": return rows.assign(split=rows["subject_id"].map(draw_splits(rows, validation, test, seed))), flow
+    if split_by == "temporal" and timeline.shifted: raise DataError(f"split_by = temporal needs true dates; those of {timeline.source} were shifted by patient and have no order. Use random or site.")
     split = temporal_splits(rows, validation, test) if split_by == "temporal" else site_splits(rows, validation, test, seed)
     rows = rows.assign(split=split).dropna(subset="split")
     return rows, [*flow, (f"in the {'period' if split_by == 'temporal' else 'site'} of the patient's first prediction", len(rows))]
