@@ -323,14 +323,14 @@ def _with_splits(rows, task, timeline, flow, validation, test, seed, split_by):
     rows = rows.assign(split=split).dropna(subset="split")
     return rows, [*flow, (f"in the {'period' if split_by == 'temporal' else 'site'} of the patient's first prediction", len(rows))]
 
-# %% ../../nbs/ehr/cohort.ipynb #66ef9509
+# %% ../../nbs/ehr/cohort.ipynb #f73f5c98
 def flow_figure(cohort: Cohort,     # any cohort with a flow
                 ax=None):           # Matplotlib axes; new ones when left out
     "Draw how many rows each step of the cohort left"
     import matplotlib.pyplot as plt, seaborn as sns
     steps, n = [s for s, _ in cohort.flow], [k for _, k in cohort.flow]
     ax = ax or plt.subplots(figsize=(8, 0.42 * len(n) + 1))[1]
-    sns.barplot(x=n, y=steps, ax=ax, color=sns.color_palette("colorblind")[0], orient="h")
+    ax.barh(range(len(n)), n, color=sns.color_palette("colorblind")[0], tick_label=steps); ax.invert_yaxis()
     for i, k in enumerate(n): ax.text(k + max(n) * .01, i, f"{k:,}" + (f"  (−{n[i-1] - k:,})" if i and n[i-1] > k else ""), va="center", fontsize=9)
     ax.set(xlabel="rows left", ylabel="", xlim=(0, max(n) * 1.18), title=f"{n[-1]:,} of {n[0]:,} {steps[0]} become predictions")
     sns.despine(ax=ax); return ax

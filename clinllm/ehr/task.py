@@ -149,7 +149,7 @@ def _times(rows: pl.DataFrame, marks: pl.DataFrame, rules: dict, window: str, si
         strategy="forward" if sign == "->" else "backward", allow_exact_matches=bool(d.get(f"{side}_inclusive", True)))
     return rows.join(found.select("row", me), on="row", how="left")
 
-# %% ../../nbs/ehr/task.ipynb #3ff38d87
+# %% ../../nbs/ehr/task.ipynb #b028ce03
 def matches(p: dict,        # a plain predicate, such as {"code": "MEDS_DEATH"}
             ) -> pl.Expr:   # true where an event fits
     "Which events a plain predicate names"
@@ -165,7 +165,8 @@ def _derived(predicates: dict) -> list:
     left, done = {n: [x.strip() for x in re.sub(r"^(or|and)\((.*)\)$", r"\2", p["expr"].strip()).split(",")] for n, p in predicates.items() if "expr" in p}, []
     while ready := [n for n, needs in left.items() if not set(needs) & set(left)]:
         done += [(n, predicates[n]["expr"].strip().startswith("and("), left.pop(n)) for n in ready]
-    bad = [n for n in left] or [x for _, _, needs in done for x in needs if x not in predicates] or [n for n, p in predicates.items() if "expr" in p and not re.fullmatch(r"(or|and)\(.+\)", p["expr"].strip())]
+    bad = [n for n in left] or [x for _, _, needs in done for x in needs if x not in predicates]
+    bad = bad or [n for n, p in predicates.items() if "expr" in p and not re.fullmatch(r"(or|and)\(.+\)", p["expr"].strip())]
     if bad: raise DataError(f"predicate {bad[0]!r} cannot be resolved. Write expr: or(a, b) or and(a, b) with names of predicates that do not refer back.")
     return done
 
@@ -197,7 +198,7 @@ def count_between(rows: pl.DataFrame,       # has row, subject_id and the two co
         return found.sort("row").select(pl.col(names).fill_null(0))
     return upto(end, right, datetime(9999, 1, 1)) - upto(start, not left, datetime(1, 1, 1))
 
-# %% ../../nbs/ehr/task.ipynb #4070a29f
+# %% ../../nbs/ehr/task.ipynb #a51902e6
 def evaluate(events: pl.DataFrame,      # subject_id, time, code, numeric_value, known_time
              rules: dict,               # `Task.rules`
              ) -> tuple:                # rows (subject_id, trigger, prediction_time, count, outcome_start, outcome_end, not_negative), steps [(text, rows left)]
@@ -218,8 +219,10 @@ def evaluate(events: pl.DataFrame,      # subject_id, time, code, numeric_value,
     index = next(f"{w}.{d['index_timestamp']}" for w, d in windows.items() if d.get("index_timestamp"))
     spoils = rules["metadata"].get("not_negative_if", []); w, d = label
     seen = count_between(rows, marks, list(dict.fromkeys([d["label"], *spoils])), f"{w}.start", f"{w}.end", d.get("start_inclusive", True), d.get("end_inclusive", True))
-    rows = rows.with_columns(count=seen[d["label"]], not_negative=pl.Series(seen.select(pl.any_horizontal(pl.lit(False), *(pl.col(s) > 0 for s in spoils)).alias("x"))["x"]) if spoils else pl.lit(False))
-    return rows.select("subject_id", "trigger", pl.col(index).alias("prediction_time"), "count", pl.col(f"{w}.start").alias("outcome_start"), pl.col(f"{w}.end").alias("outcome_end"), "not_negative"), steps
+    hides = seen.select(not_negative=pl.any_horizontal([pl.col(s) > 0 for s in spoils])) if spoils else pl.DataFrame(dict(not_negative=[False] * len(rows)), schema=dict(not_negative=pl.Boolean))
+    rows = rows.with_columns(seen[d["label"]].alias("count"), hides["not_negative"])
+    return rows.select("subject_id", "trigger", pl.col(index).alias("prediction_time"), "count",
+                       pl.col(f"{w}.start").alias("outcome_start"), pl.col(f"{w}.end").alias("outcome_end"), "not_negative"), steps
 
 def _keep_window(rows, marks, w, d, steps):
     "The rows that fulfil a window, and a step for each of its conditions"
