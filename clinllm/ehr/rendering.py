@@ -16,8 +16,8 @@ from .vocabulary import CONCEPTS, with_meaning
 
 # %% auto #0
 __all__ = ['SHOWN', 'TREND_DAYS', 'TREND_WIDTHS', 'PLAIN', 'PLACES', 'SECTIONS', 'SHARES', 'STYLES', 'NOTE_WORDS', 'known_events',
-           'width', 'measurements', 'slope', 'trends', 'read_diagnoses', 'left_hospital', 'heads', 'count_roughly',
-           'render', 'discharge_notes', 'text_sources', 'model_input']
+           'width', 'measurements', 'with_days', 'slope', 'trends', 'read_diagnoses', 'left_hospital', 'heads',
+           'count_roughly', 'render', 'discharge_notes', 'text_sources', 'model_input']
 
 # %% ../../nbs/ehr/rendering.ipynb #52f01d66
 def _asked(cohort):
@@ -57,25 +57,29 @@ def measurements(known: pl.DataFrame,   # events from `known_events`, such as th
     found = found.with_columns(name="label", unit=unit, value=pl.col("numeric_value").cast(pl.Float64).round_sig_figs(4)).with_columns(severity=_severity())
     return found.select("row", "prediction_time", "time", "in_stay", "kind", "name", "unit", "value", "low", "high", "severity").sort("row", "time", "value")
 
-# %% ../../nbs/ehr/rendering.ipynb #30725133
+# %% ../../nbs/ehr/rendering.ipynb #0a745c30
 TREND_DAYS = 3.0        # how far back from the prediction a trend looks, days
 TREND_WIDTHS = 0.25     # smallest change that is a trend, widths of the range
 
-def slope(value: str = "value",     # column of values
-          ) -> pl.Expr:             # units per day; missing with fewer than two distinct times
-    "Least-squares slope of a column over `time`"
-    t = (pl.col("time") - pl.col("time").min()).dt.total_seconds() / 86400
-    spread = t.var(ddof=0)
-    return pl.when(spread > 0).then(((t * pl.col(value)).mean() - t.mean() * pl.col(value).mean()) / spread)
+def with_days(m: pl.DataFrame,      # from `measurements`
+              by: list,             # columns that name a measurement
+              ) -> pl.DataFrame:    # the same with `days` since the first result of each measurement
+    "Time as a number, for `slope`"
+    return m.with_columns(days=(pl.col("time") - pl.col("time").min().over(by)).dt.total_seconds() / 86400)
+
+def slope() -> pl.Expr:
+    "Least-squares slope of `value` over `days`, units per day; missing with fewer than two distinct times"
+    days, value = pl.col("days"), pl.col("value"); spread = days.var(ddof=0)
+    return pl.when(spread > 0).then(((days * value).mean() - days.mean() * value.mean()) / spread)
 
 def trends(m: pl.DataFrame,         # from `measurements`
            ) -> pl.DataFrame:       # row, kind, name, unit, trend: rising, falling, steady or missing
     "Where each measurement is going"
-    recent = m.filter(pl.col("time") >= pl.col("prediction_time") - pl.duration(hours=24 * TREND_DAYS))
-    span = (pl.col("time").max() - pl.col("time").min()).dt.total_seconds() / 86400
-    change = recent.group_by("row", "kind", "name", "unit").agg(change=slope() * span / width().first())
+    by = ["row", "kind", "name", "unit"]
+    recent = with_days(m.filter(pl.col("time") >= pl.col("prediction_time") - pl.duration(hours=24 * TREND_DAYS)), by)
+    change = recent.group_by(by).agg(change=slope() * pl.col("days").max() / width().first())
     word = pl.when(pl.col("change") > TREND_WIDTHS).then(pl.lit("rising")).when(pl.col("change") < -TREND_WIDTHS).then(pl.lit("falling")).when(pl.col("change").is_not_null()).then(pl.lit("steady"))
-    return change.select("row", "kind", "name", "unit", trend=word)
+    return change.select(*by, trend=word)
 
 # %% ../../nbs/ehr/rendering.ipynb #a0fc45f8
 PLAIN = {"1": "", "[pH]": "", "Cel": "C", "mm[Hg]": "mmHg", "{score}": ""}     # UCUM as people write it
