@@ -279,8 +279,8 @@ def events_eicu(table: str, block: pl.DataFrame, context: dict) -> list:
     if table in WIDE: return _wide(b, table, WIDE[table])
     return out + [_recipe(b, r) for r in (WRITTEN | CHARTED)[table]]
 
-# %% ../../nbs/ehr/eicu.ipynb #abefd057
+# %% ../../nbs/ehr/eicu.ipynb #5b34c454
 CREDIT = ("eICU Collaborative Research Database (Pollard, Johnson, Raffa, Celi, Mark, Badawi. Scientific Data 2018, doi:10.1038/sdata.2018.178; PhysioNet). "
           "The demo is available under the Open Database License 1.0 (https://opendatacommons.org/licenses/odbl/1-0/).")
 EICU = Format("eicu", "eICU-CRD 2.0 as csv or csv.gz. Dates are invented: only distances within one hospital stay are true, so readmission cannot be asked.",
-              find_eicu, prepare_eicu, events_eicu, task="in_hospital_mortality_24h", credit=CREDIT)
+              find_eicu, prepare_eicu, events_eicu, task="in_hospital_mortality_24h", shifted=True, credit=CREDIT)
