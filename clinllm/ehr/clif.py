@@ -187,7 +187,7 @@ TABLES = {  # table: (columns, function of block and context that makes its even
     "clif_crrt_therapy": (STAY + "recorded_dttm crrt_mode_category " + " ".join(DIALYSIS), _wide(("crrt_mode_category",), DIALYSIS)),
     "clif_microbiology_culture": (STAY + "order_dttm collect_dttm result_dttm fluid_category organism_name organism_category", _cultures)}
 
-# %% ../../nbs/ehr/clif.ipynb #7b6a5a24
+# %% ../../nbs/ehr/clif.ipynb #958684c5
 def _events(name, block, context):
     "Events and rejects of a block of a table"
     columns, make = TABLES[name][0].split(), TABLES[name][1]
@@ -196,4 +196,4 @@ def _events(name, block, context):
     b = b.join(context["stays"], on="stay", how="left", maintain_order="left")
     return make(b.with_columns(subject_id=pl.coalesce("_patient", "owner")), context)
 
-CLIF = Format("clif", "CLIF is a folder of Parquet files: clif_patient, clif_hospitalization and other clif_ tables.", _find, _prepare, _events, read=_read, task="readmission_30d")
+CLIF = Format("clif", "CLIF is a folder of Parquet files: clif_patient, clif_hospitalization and other clif_ tables.", _find, _prepare, _events, read=_read)

@@ -13,7 +13,7 @@ import numpy as np, polars as pl, pyarrow as pa, pyarrow.csv as pacsv, pyarrow.p
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['READERS', 'PIECE', 'BLOCK', 'Table', 'list_tables', 'Damage', 'scan', 'scan_lines']
+__all__ = ['READERS', 'PIECE', 'BLOCK', 'ROW_RULE', 'Table', 'list_tables', 'Damage', 'scan', 'scan_lines']
 
 # %% ../../nbs/ehr/files.ipynb #69008f8b
 class Table(NamedTuple):
@@ -96,8 +96,9 @@ def _ahead(items, n: int = 2):
         if got[1]: raise got[1]
     finally: stop.set()
 
-# %% ../../nbs/ehr/files.ipynb #77483de2
+# %% ../../nbs/ehr/files.ipynb #dd0dca07
 BLOCK = 8 << 20         # bytes in a block
+ROW_RULE = "row has another number of fields than the header"
 
 def _end(data: bytes, quotes: bool) -> int:
     "Where the last whole record of some bytes ends; 0 where there is none"
@@ -130,7 +131,7 @@ def _utf8(data: bytes, start: int, damage) -> bytes:
         except UnicodeDecodeError: lines[i] = line.decode("cp1252", errors="replace").encode(); wrong.append(start + i)
     damage.add(wrong, "line is not UTF-8: read as Windows-1252", "kept"); return b"\n".join(lines)
 
-# %% ../../nbs/ehr/files.ipynb #dd8f70fa
+# %% ../../nbs/ehr/files.ipynb #bec98b96
 def _records(data: bytes) -> np.ndarray:
     "Number of the line, from 0, on which each record of a CSV block starts; empty lines are no records"
     bytes_ = np.frombuffer(data, dtype=np.uint8)
@@ -157,7 +158,7 @@ def _parse(data: bytes, names: list, columns: list, separator: str, start: int, 
     n = len(table) + len(wrong)
     lines = np.arange(n) if not quoted and data.count(b"\n") + (data[-1:] != b"\n") == n else _records(data)
     if len(lines) != n: lines = np.resize(lines, n)         # a stray quote: the lines are near, not exact
-    if wrong: damage.add(start + lines[wrong], "row has another number of fields than the header"); lines = np.delete(lines, wrong)
+    if wrong: damage.add(start + lines[wrong], ROW_RULE); lines = np.delete(lines, wrong)
     return pl.from_arrow(table).with_columns(line=pl.Series(start + lines).cast(pl.UInt32))
 
 # %% ../../nbs/ehr/files.ipynb #85fafc18

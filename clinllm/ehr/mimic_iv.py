@@ -295,7 +295,7 @@ TABLES = {  # table: (columns, function of block and context that makes its even
     "outputevents": ("subject_id hadm_id charttime storetime itemid value valueuom", _outputs), "procedureevents": ("subject_id hadm_id starttime storetime itemid", _procedureevents),
     "discharge": ("subject_id hadm_id charttime storetime text", _note("NOTE//discharge_summary")), "radiology": ("subject_id hadm_id charttime storetime text", _note("NOTE//radiology"))}
 
-# %% ../../nbs/ehr/mimic_iv.ipynb #93f23f66
+# %% ../../nbs/ehr/mimic_iv.ipynb #1e5ac8fc
 def _events(name, block, context):
     "Events and rejects of a block of a table"
     columns, make = TABLES[name][0].split(), TABLES[name][1]
@@ -305,5 +305,5 @@ def _names(codes, context):
     "Names of billed codes"
     return codes.select("code").unique().join(context["names"], on="code").with_columns(new_code="code")
 
-MIMIC_IV = Format("mimic-iv", "MIMIC-IV is a folder of CSV files: patients, admissions and any others of hosp, icu and note.", _find, _prepare, _events, names=_names, read=_read, task="readmission_30d", shifted=True,
+MIMIC_IV = Format("mimic-iv", "MIMIC-IV is a folder of CSV files: patients, admissions and any others of hosp, icu and note.", _find, _prepare, _events, names=_names, read=_read, shifted=True,
                   credit="MIMIC-IV (Johnson et al., PhysioNet; Scientific Data 2023, doi:10.1038/s41597-022-01899-x).")

@@ -45,7 +45,7 @@ def _read_splits(path: Path):
     if odd := sorted(set(splits["split"].unique()) - set(SPLIT_NAMES)): raise DataError(f"{path.name}: {unknown_name('split', odd[0], SPLIT_NAMES)}")
     return splits.with_columns(pl.col("split").replace_strict(SPLIT_NAMES))
 
-# %% ../../nbs/ehr/sources.ipynb #6f8a6991
+# %% ../../nbs/ehr/sources.ipynb #66bd02f6
 def read_meds(folder,               # folder of a MEDS dataset
               ) -> Timeline:        # its events, splits and fingerprint
     "Read a MEDS 0.4 dataset"
@@ -57,13 +57,13 @@ def read_meds(folder,               # folder of a MEDS dataset
     except ValueError: raise DataError(f"metadata/{ours.name} is not JSON. Mend or delete it.") from None
     if not isinstance(about, dict) or about.get("kind", "real") not in ("real", "synthetic"): raise DataError(f"metadata/{ours.name}: kind must be 'real' or 'synthetic'. Mend it.")
     return Timeline(events, source=about.get("source") or folder.resolve().name, kind=about.get("kind", "real"), attribution=about.get("attribution", ""), fingerprint=_fingerprint([*data, *(p for p in (ours, splits) if p.is_file())], folder),
-                    notes=tuple(about.get("notes", ())), splits=_read_splits(splits), codes=_read_codes(folder / meds.code_metadata_filepath), task=about.get("task", ""))
+                    notes=tuple(about.get("notes", ())), splits=_read_splits(splits), codes=_read_codes(folder / meds.code_metadata_filepath), task=about.get("task", ""), shifted=bool(about.get("shifted", False)))
 
 def _read_codes(path: Path):
     "What a dataset says about its codes; None where it says nothing"
     return pl.from_arrow(_read_table(path, meds.CodeMetadataSchema)) if path.is_file() else None
 
-# %% ../../nbs/ehr/sources.ipynb #a27189ec
+# %% ../../nbs/ehr/sources.ipynb #a708020a
 def write_meds(timeline: Timeline,  # any timeline
                folder,              # folder to make; it may not exist yet
                ) -> Path:           # the folder
@@ -79,7 +79,7 @@ def write_meds(timeline: Timeline,  # any timeline
         if timeline.splits is not None:
             named = timeline.splits.select(pl.col("subject_id").cast(pl.Int64), pl.col("split").cast(pl.String).replace({"validation": meds.tuning_split, "test": meds.held_out_split}))
             pq.write_table(meds.SubjectSplitSchema.align(named.to_arrow()), new / meds.subject_splits_filepath)
-        about = dict(source=timeline.source, kind=timeline.kind, attribution=timeline.attribution, notes=list(timeline.notes), fingerprint=timeline.fingerprint, task=timeline.task)
+        about = dict(source=timeline.source, kind=timeline.kind, attribution=timeline.attribution, notes=list(timeline.notes), fingerprint=timeline.fingerprint, task=timeline.task, shifted=timeline.shifted)
         (new / meds.dataset_metadata_filepath).write_text(json.dumps(dict(dataset_name=timeline.source, meds_version=meds.__version__, etl_name="clinllm", raw_source_id_columns=["hadm_id"], other_extension_columns=["known_time", "unit", "kind"])))
         (new / "metadata" / "clinllm.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
         os.replace(new, folder)
@@ -159,6 +159,9 @@ def load_timeline(source: str,                      # a name in `SOURCES`, the n
     if source in SOURCES: return SOURCES[source].load(settings, n_patients=n_patients, seed=seed)
     if folder := source_folder(source, settings.root): return read_meds(folder)
     raise DataError(unknown_name("data source", source, SOURCES) + " A folder of MEDS Parquet files is a source too; there is no folder of that name.")
+
+# %% ../../nbs/ehr/sources.ipynb #b8f0be22
+import clinllm.ehr.explore
 
 # %% ../../nbs/ehr/sources.ipynb #10df80c2
 def has_notes(timeline: Timeline,   # any timeline

@@ -97,23 +97,23 @@ def cmd_site(a) -> int:
     if a.serve: serve_site(settings)
     return 0
 
-# %% ../../nbs/run/cli.ipynb #e50f9e74
+# %% ../../nbs/run/cli.ipynb #5622c427
 def cmd_data(a) -> int:
     "List sources, fetch one, check a folder, or import an export"
     if a.action == "import": return _import(a)
+    a.action = a.action or "list"
     from clinllm.core.settings import load_settings
     from clinllm.ehr.sources import SOURCES, has_notes, load_timeline
     settings = load_settings()
     if a.action == "list": _table("Sources", ["name", "what it is"], [(n, s.about) for n, s in SOURCES.items()] + [("a folder", "your own patients as MEDS Parquet files, checked by: clinllm data check FOLDER")]); return 0
     if a.name is None: raise DataError(f"clinllm data {a.action} needs a {'name' if a.action == 'get' else 'folder'}. Try: clinllm data list")
     if a.action == "get" and a.name not in SOURCES: raise DataError(unknown_name("data source", a.name, SOURCES))
-    from clinllm.ehr.cohort import build_cohort
-    timeline, t = load_timeline(a.name, settings), settings["task"]
-    cohort = build_cohort(timeline, validation=t["validation"], test=t["test"], seed=settings["study"]["seed"], horizon_days=t["horizon_days"])
-    for line in (timeline, *timeline.notes, f"notes: {'yes' if has_notes(timeline) else 'no'}", cohort, *(f"- {step}: {n:,}" for step, n in cohort.flow), timeline.attribution): print(line)
+    from clinllm.ehr.cohort import cohort_for
+    timeline = load_timeline(a.name, settings); cohort = cohort_for(timeline, settings)
+    for line in (timeline, *timeline.notes, f"notes: {'yes' if has_notes(timeline) else 'no'}", cohort, timeline.attribution): print(line)
     return 0
 
-# %% ../../nbs/run/cli.ipynb #ad656ed2
+# %% ../../nbs/run/cli.ipynb #59d17e23
 def _import(a) -> int:
     "Import an export, and show what became of it"
     from pathlib import Path
@@ -123,7 +123,7 @@ def _import(a) -> int:
     settings = load_settings(); to = a.to or Path(a.name).resolve().name.split(".")[0]
     report = import_data(a.format, a.name, to, settings, a.tolerance, "synthetic" if a.synthetic else "real", a.credit)
     _table("What became of each table", list(report.table.columns), report.table.map(lambda v: f"{v:,}" if not isinstance(v, str) else v).values.tolist())
-    if len(report.rejects): _table("What was not taken as it came", ["table", "rule", "action", "records"], report.rules.head(20).values.tolist())
+    if len(report.counts): _table("What was not taken as it came", ["table", "rule", "action", "records"], report.rules.head(20).values.tolist())
     for note in report.about["notes"]: print(note)
     print(f"The dataset is in {_relative(report.target, settings.root)}, rejects with file and line in its folder import. Look at it with: clinllm run data_report -p data={to}")
     return 0
@@ -141,7 +141,7 @@ def cmd_model(a) -> int:
     else: _table("Model", ["key", "value"], [*settings["model"].items(), ("hash", model_fingerprint(settings))])
     return 0
 
-# %% ../../nbs/run/cli.ipynb #b452a0c7
+# %% ../../nbs/run/cli.ipynb #582bc726
 def make_parser() -> argparse.ArgumentParser:
     "The commands and their options"
     parser = argparse.ArgumentParser("clinllm", description="Show, not claim, that a language model is good enough for a hospital.")
@@ -155,13 +155,15 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="run again what is up to date")
     add("status", cmd_status, "list the runs that landed")
     add("site", cmd_site, "build the docs site from library, runs and roadmap").add_argument("--serve", action="store_true", help="serve it on this machine afterwards")
-    data = add("data", cmd_data, "list sources of patients, fetch one, check a folder, or import an export")
-    data.add_argument("action", nargs="?", choices=["list", "get", "check", "import"], default="list"); data.add_argument("name", nargs="?", help="a source, a folder, or for import the path of the export")
-    data.add_argument("--from", dest="format", metavar="FORMAT", help="import: meds, fhir, omop, mimic-iv, eicu or clif")
-    data.add_argument("--to", metavar="NAME", help="import: name of the dataset in data/ (default: that of the export)")
-    data.add_argument("--tolerance", type=float, default=0.05, metavar="SHARE", help="import: largest share of records that may be lost (default 0.05)")
-    data.add_argument("--synthetic", action="store_true", help="import: the patients are invented")
-    data.add_argument("--credit", default="", metavar="TEXT", help="import: what the data's licence asks to be said")
+    data = add("data", cmd_data, "list sources of patients, fetch one, check a folder, or import an export"); data.set_defaults(action="list")
+    actions = data.add_subparsers(dest="action", metavar="action")
+    actions.add_parser("list", help="sources that have a name")
+    actions.add_parser("get", help="fetch a source").add_argument("name", nargs="?", help="a source")
+    actions.add_parser("check", help="build the cohort of a dataset and show its flow").add_argument("name", nargs="?", help="a source, the name of an import, or a folder")
+    take = actions.add_parser("import", help="turn an export into a dataset in data/")
+    take.add_argument("name", nargs="?", metavar="path", help="folder or file of the export"); take.add_argument("--from", dest="format", metavar="FORMAT", help="meds, fhir, omop, mimic-iv, eicu or clif")
+    take.add_argument("--to", metavar="NAME", help="name of the dataset in data/ (default: that of the export)"); take.add_argument("--tolerance", type=float, default=0.05, metavar="SHARE", help="largest share of records that may be lost (default 0.05)")
+    take.add_argument("--synthetic", action="store_true", help="the patients are invented"); take.add_argument("--credit", default="", metavar="TEXT", help="what the data's licence asks to be said")
     add("model", cmd_model, "show the language model, or fetch the default one").add_argument("action", nargs="?", choices=["show", "get"], default="show")
     return parser
 

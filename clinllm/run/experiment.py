@@ -82,7 +82,7 @@ def _draft(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True); (folder / "figures").mkdir(parents=True)
     return folder
 
-# %% ../../nbs/run/experiment.ipynb #eefce8a7
+# %% ../../nbs/run/experiment.ipynb #68a2aa98
 def _timeline(self: Run) -> Timeline:
     "The patients of this run, from its parameters `data`, `n_patients` and `seed`"
     from clinllm.ehr.sources import load_timeline
@@ -98,10 +98,9 @@ def _model(self: Run):
     return model
 
 def _cohort(self: Run, timeline: Timeline) -> Cohort:
-    "The discharges with outcome and split, as `[task]` in `settings.ini` asks"
-    from clinllm.ehr.cohort import build_cohort
-    task = self.settings["task"]
-    return build_cohort(timeline, validation=task["validation"], test=task["test"], seed=self.seed, horizon_days=task["horizon_days"])
+    "The predictions to be made: the run's own task, else the source's, else that of `settings.ini`"
+    from clinllm.ehr.cohort import cohort_for
+    return cohort_for(timeline, self.settings, self.params.get("task", ""))
 
 Run.timeline, Run.model, Run.cohort = _timeline, _model, _cohort
 

@@ -75,13 +75,13 @@ def _plain(v):
     if isinstance(v, (list, tuple)): return [_plain(x) for x in v]
     return None if isinstance(v, float) and not math.isfinite(v) else v
 
-# %% ../../nbs/run/store.ipynb #fda286fc
+# %% ../../nbs/run/store.ipynb #23d54bb6
 def data_fingerprint(values: dict,      # an experiment's resolved parameters
                      settings,          # the study's `Settings`
                      package=None,      # folder of the library; the imported `clinllm` by default
                      ) -> str:          # a hash that changes when the patients or the question do
     "Hash what decides on the patients: source, size, seed, task and the code of the `ehr` room"
-    source, task = values.get("data", "synthetic"), settings["task"]
+    source, task = values.get("data", "synthetic"), [values.get("task", ""), settings["task"]]
     seed, size = values.get("seed", settings["study"]["seed"]), values.get("n_patients", settings["data"]["n_patients"])
     code = {n: t for n, t in library_modules(package).items() if n.startswith("ehr/")}
     if source == "synthetic": return short_hash([source, size, seed, task, code])
