@@ -17,32 +17,36 @@ from .importing import Format, emit, parse_times, reject, subject_key
 from .vocabulary import CONCEPTS, LOINC, SYSTEMS
 
 # %% auto #0
-__all__ = ['TABLES', 'LOOKED_UP', 'NOT_OPENED', 'LEFT_OUT', 'COLUMNS', 'BILLED', 'GENDER', 'RACE', 'RACE_TREE', 'PAYERS', 'STAYS',
-           'EMERGENCY', 'VISITS', 'DISCHARGE', 'INTENSIVE', 'ITEMS', 'OPERATORS', 'VITALS', 'NOTES', 'RULES', 'OMOP',
-           'Concepts']
+__all__ = ['TABLES', 'LOOKED_UP', 'NOT_OPENED', 'LEFT_OUT', 'DATABASE_MEMORY', 'COLUMNS', 'BILLED', 'GENDER', 'RACE', 'RACE_TREE',
+           'PAYERS', 'STAYS', 'EMERGENCY', 'VISITS', 'DISCHARGE', 'INTENSIVE', 'ITEMS', 'OPERATORS', 'VITALS', 'NOTES',
+           'RULES', 'OMOP', 'Concepts']
 
-# %% ../../nbs/ehr/omop.ipynb #f58303ac
+# %% ../../nbs/ehr/omop.ipynb #9856d461
 TABLES = ("person", "death", "observation_period", "payer_plan_period", "visit_occurrence", "visit_detail", "condition_occurrence", "drug_exposure",
           "procedure_occurrence", "device_exposure", "measurement", "observation", "note")
 LOOKED_UP = ("concept", "care_site")
 NOT_OPENED = ("concept_ancestor", "concept_class", "concept_relationship", "concept_synonym", "domain", "relationship", "vocabulary", "drug_strength",
               "source_to_concept_map", "location", "provider", "cdm_source", "metadata")
-LEFT_OUT = dict(drug_era="computed from drug_exposure", dose_era="computed from drug_exposure", condition_era="computed from condition_occurrence", cost="money", note_nlp="computed from note")
+LEFT_OUT = dict(drug_era="computed from drug_exposure", dose_era="computed from drug_exposure",
+                condition_era="computed from condition_occurrence", note_nlp="computed from note", cost="money, no fact about a patient's health")
 
 def _table_name(table) -> str:
     "The OMOP table that a file belongs to"
-    for name in (table.name, table.path.parent.name.lower()):
+    for name in (table.name, table.path.parent.name.lower().removesuffix(".parquet")):
         bare = re.sub(r"[-_.]?\d+$", "", name)
         if bare in (*TABLES, *LOOKED_UP, *NOT_OPENED, *LEFT_OUT): return bare
     return table.name
+
+DATABASE_MEMORY = "1GB"         # what DuckDB may keep of a file; by default it takes 80% of the machine
 
 def _connect(path: Path):
     "A DuckDB file, read only"
     import duckdb
     with open(path, "rb") as f:
         if f.read(12)[8:] != b"DUCK": raise DataError(f"{path.name} is not a DuckDB database. Name the folder of the export or its DuckDB file.")
-    try: return duckdb.connect(str(path), read_only=True)
-    except duckdb.Error as e: raise DataError(f"{path.name} cannot be opened as a DuckDB database ({type(e).__name__}). Close other programs and connections that use it; if it is damaged, export it again.") from None
+    try: db = duckdb.connect(str(path), read_only=True); db.execute(f"set memory_limit = '{DATABASE_MEMORY}'"); return db
+    except duckdb.Error as e: raise DataError(f"{path.name} cannot be opened as a DuckDB database ({type(e).__name__}). "
+        "Close other programs and connections that use it; if it is damaged, export it again.") from None
 
 class _Stored(NamedTuple):
     "A table of a DuckDB file"
@@ -54,10 +58,12 @@ class _Stored(NamedTuple):
 def _layout(path: Path, stamp: int) -> dict:
     "The tables by name in lower case; the schema that holds person goes before others"
     with _connect(path) as db:
-        rows = db.execute("select schema_name, table_name, column_name from duckdb_columns() where not internal and database_name = current_database() order by schema_name <> 'main', schema_name, table_name, column_index").fetchall()
+        rows = db.execute("select schema_name, table_name, column_name from duckdb_columns() where not internal and database_name = current_database() "
+                          "order by schema_name <> 'main', schema_name, table_name, column_index").fetchall()
         base = db.execute("select current_database()").fetchall()[0][0]
         sizes = {(schema, table): n for schema, table, n in db.execute("select schema_name, table_name, estimated_size from duckdb_tables()").fetchall()}
-    home = next((schema for schema, table, _ in rows if table.lower() == "person"), "main"); quote = lambda name: '"' + name.replace('"', '""') + '"'; found = {}
+    home = next((schema for schema, table, _ in rows if table.lower() == "person"), "main")
+    quote, found = lambda name: '"' + name.replace('"', '""') + '"', {}
     for schema, table, column in sorted(rows, key=lambda r: r[0] != home):
         source = ".".join(map(quote, (base, schema, table))); stored = found.setdefault(table.lower(), _Stored(source, {}, sizes.get((schema, table), 0)))
         if stored.source == source: stored.columns[column.lower()] = column
@@ -65,10 +71,11 @@ def _layout(path: Path, stamp: int) -> dict:
 
 def _in_database(path: Path) -> dict: return _layout(path, path.stat().st_mtime_ns)
 
-# %% ../../nbs/ehr/omop.ipynb #b85ff718
+# %% ../../nbs/ehr/omop.ipynb #8c9659a0
 def _find(path) -> list:
     "The tables of an OMOP database: patients first, what is looked up or left out last"
-    path = Path(path); databases = sorted(p for p in path.iterdir() if p.suffix in (".duckdb", ".db")) if path.is_dir() else [path]
+    path = Path(path)
+    databases = sorted(p for p in path.iterdir() if p.suffix in (".duckdb", ".db")) if path.is_dir() else [path]
     if not path.exists(): raise DataError(f"there is nothing at {str(path)!r}. Name the folder or the DuckDB file of the OMOP database.")
     found = [t._replace(name=_table_name(t)) for t in list_tables(path)] if path.is_dir() else []
     if not found and len(databases) == 1: found = [Table(name, databases[0], "duckdb") for name in sorted(_in_database(databases[0]))]
@@ -77,25 +84,31 @@ def _find(path) -> list:
     order = {name: i for i, name in enumerate((*TABLES, *LOOKED_UP))}
     return sorted((t for t in found if t.name not in NOT_OPENED), key=lambda t: (order.get(t.name, len(order)), t.name, str(t.path)))
 
-# %% ../../nbs/ehr/omop.ipynb #2546da6a
+# %% ../../nbs/ehr/omop.ipynb #47f902d1
 _OLD = dict(admitting_source_concept_id="admitted_from_concept_id", admitting_source_value="admitted_from_source_value",
             discharge_to_concept_id="discharged_to_concept_id", discharge_to_source_value="discharged_to_source_value")
-_item = lambda item, start, *more: ("person_id", "visit_occurrence_id", f"{item}_concept_id", f"{item}_source_concept_id", f"{item}_source_value", f"{start}_date", f"{start}_datetime", *more)
+_item = lambda item, start, *more: ("person_id", "visit_occurrence_id", f"{item}_concept_id", f"{item}_source_concept_id", f"{item}_source_value",
+                                    f"{start}_date", f"{start}_datetime", *more)
 _value = ("value_as_number", "value_as_concept_id", "unit_concept_id", "unit_source_value")
 COLUMNS = dict(
-    person=("person_id", "gender_concept_id", "gender_source_value", "race_concept_id", "race_source_value", "ethnicity_concept_id", "ethnicity_source_value", "year_of_birth", "month_of_birth", "day_of_birth", "birth_datetime"),
+    person=("person_id", "gender_concept_id", "gender_source_value", "race_concept_id", "race_source_value", "ethnicity_concept_id", "ethnicity_source_value",
+            "year_of_birth", "month_of_birth", "day_of_birth", "birth_datetime"),
     death=("person_id", "death_date", "death_datetime"), observation_period=("person_id", "observation_period_end_date"),
     payer_plan_period=("person_id", "payer_plan_period_start_date", "payer_concept_id", "payer_source_value", "plan_source_value"),
-    visit_occurrence=("visit_occurrence_id", "person_id", "visit_concept_id", "visit_start_date", "visit_start_datetime", "visit_end_date", "visit_end_datetime", "care_site_id", "admitted_from_concept_id",
-                      "discharged_to_concept_id", "discharged_to_source_value", "preceding_visit_occurrence_id"),
-    visit_detail=("person_id", "visit_occurrence_id", "visit_detail_concept_id", "visit_detail_source_value", "visit_detail_start_date", "visit_detail_start_datetime", "visit_detail_end_date", "visit_detail_end_datetime", "care_site_id"),
-    condition_occurrence=_item("condition", "condition_start", "condition_type_concept_id", "condition_status_concept_id"), drug_exposure=_item("drug", "drug_exposure_start"),
+    visit_occurrence=("visit_occurrence_id", "person_id", "visit_concept_id", "visit_start_date", "visit_start_datetime", "visit_end_date", "visit_end_datetime", "care_site_id",
+                      "admitted_from_concept_id", "discharged_to_concept_id", "discharged_to_source_value", "preceding_visit_occurrence_id"),
+    visit_detail=("person_id", "visit_occurrence_id", "visit_detail_concept_id", "visit_detail_source_value", "visit_detail_start_date", "visit_detail_start_datetime",
+                  "visit_detail_end_date", "visit_detail_end_datetime", "care_site_id"),
+    condition_occurrence=_item("condition", "condition_start", "condition_type_concept_id", "condition_status_concept_id"),
+    drug_exposure=_item("drug", "drug_exposure_start"),
     procedure_occurrence=_item("procedure", "procedure", "procedure_type_concept_id"), device_exposure=_item("device", "device_exposure_start"),
-    measurement=_item("measurement", "measurement", *_value, "operator_concept_id", "value_source_value"), observation=_item("observation", "observation", *_value, "value_as_string"),
+    measurement=_item("measurement", "measurement", *_value, "operator_concept_id", "value_source_value"),
+    observation=_item("observation", "observation", *_value, "value_as_string"),
     note=("person_id", "visit_occurrence_id", "note_date", "note_datetime", "note_class_concept_id", "note_type_concept_id", "note_title", "note_text"),
-    care_site=("care_site_id", "care_site_name", "care_site_source_value"), concept=("concept_id", "vocabulary_id", "concept_code", "concept_name", "concept_class_id"))
+    care_site=("care_site_id", "care_site_name", "care_site_source_value"),
+    concept=("concept_id", "vocabulary_id", "concept_code", "concept_name", "concept_class_id"))
 
-# %% ../../nbs/ehr/omop.ipynb #682ae49d
+# %% ../../nbs/ehr/omop.ipynb #438d0978
 _TEXT_IDS = ("vocabulary_id", "concept_class_id")
 
 def _tidy(block, columns) -> pl.DataFrame:
@@ -106,7 +119,8 @@ def _tidy(block, columns) -> pl.DataFrame:
         if name not in have: return pl.lit(None, dtype=pl.Int64 if number else pl.String).alias(name)
         kind = block.schema[have[name]]
         if not number: return pl.col(have[name]).cast(pl.String if kind in (pl.Categorical, pl.Null) or name in COLUMNS["concept"] else kind).alias(name)
-        return (pl.col(have[name]).cast(pl.Int64, strict=False) if kind.is_numeric() else subject_key(pl.col(have[name]))).alias(name)
+        whole = block[have[name]].cast(pl.Int64, strict=False)
+        return (whole if kind.is_numeric() or whole.null_count() == block[have[name]].null_count() else subject_key(pl.col(have[name]))).alias(name)
     return block.select([column(c) for c in columns] + ["line"])
 
 def _scan_database(table, columns, damage):
@@ -119,10 +133,11 @@ def _scan_database(table, columns, damage):
             have, source = {str(v).lower(): c for c, v in zip(have, first)}, f"(select * from {source} offset 1)"
         chosen = ", ".join(f'"{have[c]}" as {c}' for c in columns if c in have)
         start = 1
-        for batch in db.sql(f"select {chosen} from {source}").to_arrow_reader(100_000) if chosen else ():
+        size = 5_000 if table.name == "note" else 100_000
+        for batch in db.sql(f"select {chosen} from {source}").to_arrow_reader(size) if chosen else ():
             yield pl.from_arrow(batch).with_columns(line=pl.int_range(start, start + len(batch), dtype=pl.UInt32)); start += len(batch)
 
-# %% ../../nbs/ehr/omop.ipynb #c98cad4d
+# %% ../../nbs/ehr/omop.ipynb #c18c8194
 def _rows(table) -> int:
     "How many rows a table has"
     if table.reader == "duckdb": return _in_database(table.path)[table.name].rows
@@ -134,12 +149,14 @@ def _read(table,            # a table that `_find` found
           ):
     "The blocks of a table of patients; none for what is looked up or left out"
     damage = damage if damage is not None else Damage()
-    if table.name not in COLUMNS: damage.add(0, f"table left out: {LEFT_OUT.get(table.name, 'not a table of OMOP that this page imports')} ({_rows(table):,} rows)", "not imported")
-    if table.name not in COLUMNS or (table.name in LOOKED_UP and not columns): return
+    if table.name not in COLUMNS:
+        damage.add(0, f"table left out: {LEFT_OUT.get(table.name, 'OMOP has other uses for it, or does not know it')} ({_rows(table):,} rows)", "not imported"); return
+    if table.name in LOOKED_UP and not columns: return
     wanted = columns or COLUMNS[table.name]; old = [o for o, new in _OLD.items() if new in wanted]
-    yield from (_tidy(b, wanted) for b in (_scan_database if table.reader == "duckdb" else lambda *a: scan(*a))(table, [*wanted, *old], damage))
+    reader = _scan_database if table.reader == "duckdb" else scan
+    for block in reader(table, [*wanted, *old], damage): yield _tidy(block, wanted)
 
-# %% ../../nbs/ehr/omop.ipynb #12bfc206
+# %% ../../nbs/ehr/omop.ipynb #7b4e83e1
 def _concept_blocks(table):
     "The concept table, block by block"
     head = b""
@@ -147,7 +164,8 @@ def _concept_blocks(table):
         with (gzip.open if table.path.suffix.lower() == ".gz" else open)(table.path, "rb") as f: head = f.readline()
     if b"\t" not in head: yield from _read(table, columns=COLUMNS["concept"]); return
     names = [n.strip().lower() for n in head.decode("utf-8-sig", errors="replace").rstrip("\r\n").split("\t")]
-    rows = pl.scan_csv(table.path, separator="\t", quote_char=None, has_header=False, skip_rows=1, schema=dict.fromkeys(names, pl.String), encoding="utf8-lossy", truncate_ragged_lines=True)
+    rows = pl.scan_csv(table.path, separator="\t", quote_char=None, has_header=False, skip_rows=1, schema=dict.fromkeys(names, pl.String),
+                       encoding="utf8-lossy", truncate_ragged_lines=True)
     for block in rows.collect_batches(chunk_size=200_000): yield _tidy(block.with_columns(line=pl.lit(0)), COLUMNS["concept"])
 
 def _copy_concepts(tables, folder) -> Path | None:
@@ -160,26 +178,32 @@ def _copy_concepts(tables, folder) -> Path | None:
     if writer: writer.close()
     return target if writer else None
 
-# %% ../../nbs/ehr/omop.ipynb #233942d3
+# %% ../../nbs/ehr/omop.ipynb #737e7859
 class Concepts:
     "The vocabulary of a database; keeps what was asked for"
     def __init__(self, tables=()):
-        self.folder = tempfile.TemporaryDirectory(prefix="clinllm-omop-"); self.path = _copy_concepts(tables, self.folder.name)
+        self.folder = tempfile.TemporaryDirectory(prefix="clinllm-omop-")
+        self.path = _copy_concepts(tables, self.folder.name)
         self.known = pl.DataFrame(schema=dict(concept_id=pl.Int64, code=pl.String, label=pl.String, system=pl.String, local=pl.String, group=pl.String))
 
     def of(self, block, *columns) -> pl.DataFrame:
         "Look up the ids in some columns of a block: concept_id, code (missing for 0), label, system, local, group"
         asked = pl.concat([block[c] for c in columns]).drop_nulls().unique()
         new = pl.DataFrame(dict(concept_id=asked.filter(~asked.is_in(self.known["concept_id"].implode()) & (asked != 0))))
-        if len(new):
-            found = pl.scan_parquet(self.path).filter(pl.col("concept_id").is_in(new["concept_id"].implode())).collect() if self.path else pl.DataFrame(schema={c: pl.String if c != "concept_id" else pl.Int64 for c in COLUMNS["concept"]})
-            system = pl.coalesce(pl.col("vocabulary_id").replace_strict(SYSTEMS, default=None, return_dtype=pl.String), pl.col("vocabulary_id").str.to_uppercase().str.replace_all(r"[^A-Z0-9]+", "_"))
-            new = new.join(found.unique("concept_id"), on="concept_id", how="left").select("concept_id", label="concept_name", system=system, local="concept_code", group="concept_class_id")
-            new = new.with_columns(code=pl.coalesce(pl.col("system") + "//" + pl.col("local"), pl.lit("OMOP//") + pl.col("concept_id").cast(pl.String)))
-            self.known = pl.concat([self.known, new.select(self.known.columns)])
+        if len(new): self.known = pl.concat([self.known, self._found(new).select(self.known.columns)])
         return self.known
 
-# %% ../../nbs/ehr/omop.ipynb #69e28a6f
+    def _found(self, new):
+        "New ids with what the vocabulary says"
+        found = pl.DataFrame(schema={c: pl.String if c != "concept_id" else pl.Int64 for c in COLUMNS["concept"]})
+        if self.path: found = pl.scan_parquet(self.path).filter(pl.col("concept_id").is_in(new["concept_id"].implode())).collect()
+        named = pl.col("vocabulary_id").replace_strict(SYSTEMS, default=None, return_dtype=pl.String)
+        other = pl.col("vocabulary_id").str.to_uppercase().str.replace_all(r"[^A-Z0-9]+", "_")
+        d = new.join(found.unique("concept_id"), on="concept_id", how="left").with_columns(system=pl.coalesce(named, other))
+        code = pl.coalesce(pl.col("system") + "//" + pl.col("concept_code"), pl.lit("OMOP//") + pl.col("concept_id").cast(pl.String))
+        return d.select("concept_id", "system", code=code, label="concept_name", local="concept_code", group="concept_class_id")
+
+# %% ../../nbs/ehr/omop.ipynb #b483640d
 def _clock(block, stem) -> pl.Expr:
     "Whether a row has a time of day other than midnight"
     kind = block.schema[f"{stem}_datetime"]
@@ -196,53 +220,65 @@ def _stamped(block, stem, clock: bool) -> pl.DataFrame:
     date, exact = f"{stem}_date", f"{stem}_datetime"
     text = any(not block.schema[c].is_temporal() for c in (date, exact))
     as_time = lambda c: pl.col(c).cast(pl.String if text else pl.Datetime("us"))
-    timed = pl.col(exact).is_not_null() & clock & (pl.lit(block.schema[exact] != pl.Date) if block.schema[exact].is_temporal() else pl.col(exact).cast(pl.String).str.len_chars() > 10)
+    has_time = pl.lit(block.schema[exact] != pl.Date) if block.schema[exact].is_temporal() else pl.col(exact).cast(pl.String).str.len_chars() > 10
+    timed = pl.col(exact).is_not_null() & clock & has_time
     tomorrow = pl.coalesce(_day(block, date), _day(block, exact)).cast(pl.Datetime("us")) + pl.duration(days=1)
-    return block.with_columns(when_=pl.coalesce(as_time(exact), as_time(date)), known_=pl.when(~timed).then(tomorrow))
+    block = block.with_columns(when_=pl.coalesce(as_time(exact), as_time(date)), known_=pl.when(~timed).then(tomorrow))
+    days = block["when_"].str.to_datetime("%Y-%m-%d", time_unit="us", strict=False) if text and (block["when_"].str.len_bytes().max() or 0) <= 10 else None
+    return block.with_columns(when_=days) if days is not None and days.null_count() == block["when_"].null_count() else block
 
-# %% ../../nbs/ehr/omop.ipynb #e3293a1c
+# %% ../../nbs/ehr/omop.ipynb #0a1511bc
 BILLED = r"(?i)claim|bill|discharge|(inpatient|outpatient) (detail|header)"      # in the name of a type concept
-_BILLED_IDS = [32019, *range(32810, 32814), 32816, 32821, 32823, 32824, *range(32844, 32847), *range(32853, 32856), *range(32859, 32862), *range(32871, 32874), 32881, *range(38000183, 38000245)]
+_BILLED_IDS = [32019, *range(32810, 32814), 32816, 32821, 32823, 32824, *range(32844, 32847), *range(32853, 32856), *range(32859, 32862),    # where there is no vocabulary
+               *range(32871, 32874), 32881, *range(38000183, 38000245)]
+
+def _is_billed(block, item, context) -> pl.DataFrame:
+    "Adds `billed_`, from the type of a row and from the status of a diagnosis"
+    asked = [c for c in (f"{item}_type_concept_id", f"{item}_status_concept_id") if c in block.columns]
+    billed = pl.col(asked[0]).is_in(_BILLED_IDS).fill_null(False)
+    for c, pattern in zip(asked, (BILLED, "(?i)discharge|final")):
+        block = _labelled(block, c, context, f"{c}_label"); billed = billed | pl.col(f"{c}_label").str.contains(pattern).fill_null(False)
+    return block.with_columns(billed_=billed)
 
 def _late(block, table, context) -> pl.DataFrame:
     "Moves `known_` of what is billed to a day after the discharge; `open_` marks bills of a stay that has no end"
-    kind = ITEMS[table][1]; asked = [c for c in (f"{kind}_type_concept_id", f"{kind}_status_concept_id") if c in block.columns]
-    names = context["concepts"].of(block, *asked).select("concept_id", "label"); billed = pl.col(asked[0]).is_in(_BILLED_IDS)
-    for i, c in enumerate(asked):
-        block = block.join(names.rename({"label": f"type_{i}"}), left_on=c, right_on="concept_id", how="left", maintain_order="left")
-        billed = billed | pl.col(f"type_{i}").str.contains(BILLED if i == 0 else "(?i)discharge|final").fill_null(False)
-    start = ITEMS[table][2]; day = pl.coalesce(_day(block, f"{start}_date"), _day(block, f"{start}_datetime"))
-    block = block.with_columns(billed_=billed.fill_null(False), day_=day, row_=pl.int_range(pl.len()))
-    near = block.filter(pl.col("billed_") & pl.col("hadm_id").is_null() & pl.col("day_").is_not_null()).select("row_", "person_id", "day_").sort("day_").join_asof(
-        context["spans"], left_on="day_", right_on="first_", by="person_id", check_sortedness=False).filter(pl.col("stay_").is_not_null() & (pl.col("end_").is_null() | (pl.col("day_") <= pl.col("end_").dt.date())))
-    block = block.join(near.select("row_", "stay_", "end_"), on="row_", how="left", maintain_order="left").with_columns(stay_=pl.coalesce("hadm_id", "stay_"), left_=pl.coalesce("left_", "end_"))
+    _, item, start = ITEMS[table]
+    day = pl.coalesce(_day(block, f"{start}_date"), _day(block, f"{start}_datetime"))
+    block = _is_billed(block, item, context).with_columns(day_=day, row_=pl.int_range(pl.len()))
+    alone = block.filter(pl.col("billed_") & pl.col("hadm_id").is_null() & pl.col("day_").is_not_null()).select("row_", "person_id", "day_").sort("day_")
+    near = alone.join_asof(context["spans"], left_on="day_", right_on="first_", by="person_id", check_sortedness=False)
+    near = near.filter(pl.col("stay_").is_not_null() & (pl.col("end_").is_null() | (pl.col("day_") <= pl.col("end_").dt.date()))).select("row_", "stay_", "end_")
+    block = block.join(near, on="row_", how="left", maintain_order="left").with_columns(stay_=pl.coalesce("hadm_id", "stay_"), left_=pl.coalesce("left_", "end_"))
     bill = pl.when(pl.col("stay_").is_null()).then(pl.col("day_").cast(pl.Datetime("us"))).otherwise("left_") + pl.duration(days=1)
-    return block.with_columns(known_=pl.when("billed_").then(pl.max_horizontal(bill, "known_")).otherwise("known_"), open_=pl.col("billed_") & pl.col("stay_").is_not_null() & pl.col("left_").is_null())
+    return block.with_columns(known_=pl.when("billed_").then(pl.max_horizontal(bill, "known_")).otherwise("known_"),
+                              open_=pl.col("billed_") & pl.col("stay_").is_not_null() & pl.col("left_").is_null())
 
-# %% ../../nbs/ehr/omop.ipynb #82c0b21b
+# %% ../../nbs/ehr/omop.ipynb #0a23d9b7
 GENDER = {8507: "Male", 8532: "Female", 8521: "Other", 8570: "Other"}
 RACE = {8527: "White", 8516: "Black", 8515: "Asian", 8657: "Native American", 8557: "Other", 8522: "Other"}
 RACE_TREE = {"1": "Native American", "2": "Asian", "3": "Black", "4": "Other", "5": "White"}
 _WORDS = dict(m="Male", male="Male", f="Female", female="Female", white="White", black="Black", asian="Asian", native="Native American", hispanic="Hispanic", other="Other",
-              **{"black or african american": "Black", "african american": "Black", "american indian or alaska native": "Native American", "hispanic or latino": "Hispanic"})
+              **{"black or african american": "Black", "african american": "Black",
+              "american indian or alaska native": "Native American", "hispanic or latino": "Hispanic"})
 
 def _people(block, context):
-    b = block
-    races = context["concepts"].of(b, "race_concept_id").filter(pl.col("system") == "RACE").select("concept_id", tree=pl.col("local").str.slice(0, 1).replace_strict(RACE_TREE, default=None, return_dtype=pl.String))
-    b = b.join(races, left_on="race_concept_id", right_on="concept_id", how="left", maintain_order="left")
-    fixed = lambda column, names: pl.col(column).replace_strict(names, default=None, return_dtype=pl.String)
+    races = context["concepts"].of(block, "race_concept_id").filter(pl.col("system") == "RACE")
+    races = races.select("concept_id", tree=pl.col("local").str.slice(0, 1).replace_strict(RACE_TREE, default=None, return_dtype=pl.String))
+    b = block.join(races, left_on="race_concept_id", right_on="concept_id", how="left", maintain_order="left")
     word = lambda column: pl.col(column).cast(pl.String).str.strip_chars().str.to_lowercase().replace_strict(_WORDS, default=None, return_dtype=pl.String)
     hispanic = (pl.col("ethnicity_concept_id") == 38003563).fill_null(False) | (word("ethnicity_source_value") == "Hispanic").fill_null(False)
     whole = lambda c: pl.col(c).cast(pl.Float64, strict=False).cast(pl.Int32, strict=False)
     part = lambda c: whole(c).fill_null(1).cast(pl.String).str.zfill(2)
-    born = pl.coalesce(pl.col("birth_datetime").cast(pl.String), whole("year_of_birth").cast(pl.String).str.zfill(4) + "-" + part("month_of_birth") + "-" + part("day_of_birth"))
-    b = b.with_columns(born=born, sex=pl.coalesce(fixed("gender_concept_id", GENDER), word("gender_source_value")),
-        race=pl.when(hispanic).then(pl.lit("Hispanic")).otherwise(pl.coalesce(fixed("race_concept_id", RACE), "tree", word("race_source_value"))))
+    born = whole("year_of_birth").cast(pl.String).str.zfill(4) + "-" + part("month_of_birth") + "-" + part("day_of_birth")
+    born = pl.coalesce(pl.col("birth_datetime").cast(pl.String), born)
+    b = b.with_columns(born=born, sex=pl.coalesce(_fixed("gender_concept_id", GENDER), word("gender_source_value")),
+        race=pl.when(hispanic).then(pl.lit("Hispanic")).otherwise(pl.coalesce(_fixed("race_concept_id", RACE), "tree", word("race_source_value"))))
     say = lambda kind, code, time=None: emit(b, kind, code, time, subject="person_id")
     return [say("patient", pl.lit("GENDER//") + pl.col("sex")), say("patient", pl.lit("RACE//") + pl.col("race")), say("patient", pl.lit("MEDS_BIRTH"), "born")]
 
-# %% ../../nbs/ehr/omop.ipynb #426ac19c
-PAYERS = {"Medicare": "medicare", "Medicaid": "medicaid|medi-cal", "None": "self.?pay|uninsured|no insurance|charity", "Government": "government|veteran|military|tricare|champus", "Private": "private|commercial|blue cross|managed care|hmo|ppo|aetna|cigna|united|humana|anthem"}
+# %% ../../nbs/ehr/omop.ipynb #a54a418b
+PAYERS = {"Medicare": "medicare", "Medicaid": "medicaid|medi-cal", "None": "self.?pay|uninsured|no insurance|charity",
+          "Government": "government|veteran|military|tricare|champus", "Private": "private|commercial|blue cross|managed care|hmo|ppo|aetna|cigna|united|humana|anthem"}
 
 def _match(label, rules, default=None):
     "The first rule whose pattern is in a text"
@@ -263,49 +299,58 @@ def _periods(block, context):
 def _payers(block, context):
     b = _labelled(block, "payer_concept_id", context)
     label = pl.coalesce("label_", pl.col("payer_source_value").cast(pl.String), pl.col("plan_source_value").cast(pl.String))
-    return [emit(b, "patient", pl.lit("INSURANCE//") + pl.when(label.is_not_null()).then(_match(label, PAYERS, "Other")), "payer_plan_period_start_date", subject="person_id")]
+    payer = pl.lit("INSURANCE//") + pl.when(label.is_not_null()).then(_match(label, PAYERS, "Other"))
+    return [emit(b, "patient", payer, "payer_plan_period_start_date", subject="person_id")]
 
 def _labelled(block, column, context, to="label_"):
     "Adds the name of a concept; missing for 0"
     names = context["concepts"].of(block, column).select("concept_id", "label").rename({"label": to})
     return block.join(names, left_on=column, right_on="concept_id", how="left", maintain_order="left")
 
-# %% ../../nbs/ehr/omop.ipynb #f3715086
+# %% ../../nbs/ehr/omop.ipynb #19bc3e5f
 STAYS = {9201: "UNKNOWN", 262: "EMERGENCY", 8717: "UNKNOWN", 8971: "UNKNOWN", 581379: "UNKNOWN", 581383: "UNKNOWN", 32037: "UNKNOWN", 581385: "OBSERVATION"}
 EMERGENCY = [9203, 8870, 581381]
-VISITS = {9202: "OUTPATIENT", 9203: "EMERGENCY", 8870: "EMERGENCY", 581381: "EMERGENCY", 8756: "OUTPATIENT", 8940: "OUTPATIENT", 581477: "OUTPATIENT", 38004207: "OUTPATIENT", 5083: "TELEHEALTH", 722455: "TELEHEALTH", 581476: "HOME",
-          42898160: "LONG_TERM_CARE", 8863: "LONG_TERM_CARE", 8676: "LONG_TERM_CARE", 32036: "LABORATORY"}
-_VISIT_WORDS = dict(EMERGENCY="emergency", TELEHEALTH="tele|virtual|video", LABORATORY="laborator", LONG_TERM_CARE="nursing facility|long.term|non-hospital", HOME="home", OUTPATIENT="outpatient|office|ambulatory|clinic")
-_PLACES = {8536: "Home", 581476: "Home visit", 38004519: "Home health agency", 8863: "Skilled nursing facility", 8676: "Nursing facility", 8920: "Inpatient rehabilitation", 8546: "Hospice", 4216643: "Patient died", 4021968: "Against medical advice", 8717: "Inpatient hospital"}
+VISITS = {9202: "OUTPATIENT", 9203: "EMERGENCY", 8870: "EMERGENCY", 581381: "EMERGENCY", 8756: "OUTPATIENT", 8940: "OUTPATIENT", 581477: "OUTPATIENT", 38004207: "OUTPATIENT",
+          5083: "TELEHEALTH", 722455: "TELEHEALTH", 581476: "HOME", 42898160: "LONG_TERM_CARE", 8863: "LONG_TERM_CARE", 8676: "LONG_TERM_CARE", 32036: "LABORATORY"}
+_VISIT_WORDS = dict(EMERGENCY="emergency", TELEHEALTH="tele|virtual|video", LABORATORY="laborator", LONG_TERM_CARE="nursing facility|long.term|non-hospital", HOME="home",
+                    OUTPATIENT="outpatient|office|ambulatory|clinic")
+_PLACES = {8536: "Home", 581476: "Home visit", 38004519: "Home health agency", 8863: "Skilled nursing facility", 8676: "Nursing facility", 8920: "Inpatient rehabilitation",
+           8546: "Hospice", 4216643: "Patient died", 4021968: "Against medical advice", 8717: "Inpatient hospital"}
 DISCHARGE = dict(HOSPICE="hospice", EXPIRED="died|dead|deceased|expired|death", AMA="against medical advice|self-discharge|left ama", REHAB="rehab", SNF="skilled|nursing", HOME="home|routine")
 
-def _visits(block, context):
-    b = _labelled(_labelled(block, "visit_concept_id", context), "discharged_to_concept_id", context, "to_").join(context["sites"], on="care_site_id", how="left", maintain_order="left")
-    start, end = _stamped(b, "visit_start", True)["when_"], _stamped(b, "visit_end", True)["when_"]
-    stay, from_er = pl.col("visit_concept_id").is_in(list(STAYS)).fill_null(False), pl.col("admitted_from_concept_id").is_in(EMERGENCY) | pl.col("preceding_visit_occurrence_id").is_in(context["emergency"].implode())
-    fixed = lambda column, names: pl.col(column).replace_strict(names, default=None, return_dtype=pl.String)
-    kind = pl.when(fixed("visit_concept_id", STAYS).eq("UNKNOWN") & from_er.fill_null(False)).then(pl.lit("EMERGENCY")).otherwise(fixed("visit_concept_id", STAYS))
-    to = _match(pl.coalesce(fixed("discharged_to_concept_id", _PLACES), "to_", pl.col("discharged_to_source_value").cast(pl.String)), DISCHARGE, "OTHER")
-    known = pl.coalesce(fixed("discharged_to_concept_id", _PLACES), "to_", pl.col("discharged_to_source_value").cast(pl.String)).is_not_null()
-    other = pl.coalesce(fixed("visit_concept_id", VISITS), _match(pl.col("label_"), _VISIT_WORDS), pl.col("label_").str.to_uppercase().str.replace_all(r"[^A-Z0-9]+", "_"), pl.lit("UNKNOWN"))
-    b = b.with_columns(start_=start, end_=end, type_=kind, to_to=pl.when(known).then(to).otherwise(pl.lit("UNKNOWN")), other_=other)
-    say = lambda code, time, where, hadm="visit_occurrence_id": emit(b, "visit", code, time, subject="person_id", hadm=hadm, where=where)
-    return [say(pl.lit("HOSPITAL_ADMISSION//") + pl.col("type_"), "start_", stay), say(pl.lit("SITE//") + pl.col("site"), "start_", stay & pl.col("site").is_not_null()),
-            say(pl.lit("HOSPITAL_DISCHARGE//") + pl.col("to_to"), "end_", stay & pl.col("end_").is_not_null()), say(pl.lit("VISIT//") + pl.col("other_"), "start_", ~stay, None)]
+def _fixed(column, names): return pl.col(column).replace_strict(names, default=None, return_dtype=pl.String)
 
-# %% ../../nbs/ehr/omop.ipynb #1a05a77b
+def _visits(block, context):
+    b = _labelled(_labelled(block, "visit_concept_id", context), "discharged_to_concept_id", context, "to_")
+    b = b.join(context["sites"], on="care_site_id", how="left", maintain_order="left")
+    from_er = pl.col("admitted_from_concept_id").is_in(EMERGENCY).fill_null(False) | pl.col("preceding_visit_occurrence_id").is_in(context["emergency"].implode()).fill_null(False)
+    place = pl.coalesce(_fixed("discharged_to_concept_id", _PLACES), "to_", pl.col("discharged_to_source_value").cast(pl.String))
+    slug = pl.col("label_").str.to_uppercase().str.replace_all(r"[^A-Z0-9]+", "_")
+    b = b.with_columns(start_=_stamped(b, "visit_start", True)["when_"], end_=_stamped(b, "visit_end", True)["when_"], stay_=pl.col("visit_concept_id").is_in(list(STAYS)).fill_null(False),
+        type_=pl.when(_fixed("visit_concept_id", STAYS).eq("UNKNOWN") & from_er).then(pl.lit("EMERGENCY")).otherwise(_fixed("visit_concept_id", STAYS)),
+        place_=pl.when(place.is_not_null()).then(_match(place, DISCHARGE, "OTHER")).otherwise(pl.lit("UNKNOWN")),
+        other_=pl.coalesce(_fixed("visit_concept_id", VISITS), _match(pl.col("label_"), _VISIT_WORDS), slug, pl.lit("UNKNOWN")))
+    say = lambda code, value, time, where, hadm="visit_occurrence_id": emit(b, "visit", pl.lit(code) + pl.col(value), time, subject="person_id", hadm=hadm, where=where)
+    return [say("HOSPITAL_ADMISSION//", "type_", "start_", pl.col("stay_")), say("SITE//", "site", "start_", pl.col("stay_")),
+            say("HOSPITAL_DISCHARGE//", "place_", "end_", pl.col("stay_") & pl.col("end_").is_not_null()), say("VISIT//", "other_", "start_", ~pl.col("stay_"), None)]
+
+# %% ../../nbs/ehr/omop.ipynb #c4ded28a
 INTENSIVE = [32037, 581379]
 
 def _wards(block, context):
-    b = _labelled(block, "visit_detail_concept_id", context).join(context["sites"], on="care_site_id", how="left", maintain_order="left").join(context["stays"], on="visit_occurrence_id", how="left", maintain_order="left")
-    b = b.with_columns(start_=_stamped(b, "visit_detail_start", True)["when_"], end_=_stamped(b, "visit_detail_end", True)["when_"], ward=pl.coalesce("site", pl.col("visit_detail_source_value").cast(pl.String), "label_", pl.lit("ICU")))
-    icu = (pl.col("visit_detail_concept_id").is_in(INTENSIVE) | pl.concat_str("ward", pl.lit(" "), "label_", ignore_nulls=True).str.contains(r"(?i)intensive care|critical care|\b\w*icu\b")).fill_null(False)
+    b = _labelled(block, "visit_detail_concept_id", context)
+    for look_up, key in (("sites", "care_site_id"), ("stays", "visit_occurrence_id")): b = b.join(context[look_up], on=key, how="left", maintain_order="left")
+    b = b.with_columns(start_=_stamped(b, "visit_detail_start", True)["when_"], end_=_stamped(b, "visit_detail_end", True)["when_"],
+                       ward=pl.coalesce("site", pl.col("visit_detail_source_value").cast(pl.String), "label_", pl.lit("ICU")))
+    words = pl.concat_str("ward", "label_", separator=" ", ignore_nulls=True)
+    icu = (pl.col("visit_detail_concept_id").is_in(INTENSIVE) | words.str.contains(r"(?i)intensive care|critical care|\b\w*icu\b")).fill_null(False)
     say = lambda code, time, where: emit(b, "visit", pl.lit(code) + pl.col("ward"), time, subject="person_id", hadm="hadm_id", where=where)
-    return [say("ICU_ADMISSION//", "start_", icu), say("ICU_DISCHARGE//", "end_", icu & pl.col("end_").is_not_null()), reject(b, "a ward other than intensive care", where=~icu, action="not imported")]
+    return [say("ICU_ADMISSION//", "start_", icu), say("ICU_DISCHARGE//", "end_", icu & pl.col("end_").is_not_null()),
+            reject(b, "a ward other than intensive care", where=~icu, action="not imported")]
 
-# %% ../../nbs/ehr/omop.ipynb #bcfc1bcc
-ITEMS = dict(condition_occurrence=("diagnosis", "condition", "condition_start"), drug_exposure=("medication", "drug", "drug_exposure_start"), procedure_occurrence=("procedure", "procedure", "procedure"),
-             device_exposure=("other", "device", "device_exposure_start"), measurement=("lab", "measurement", "measurement"), observation=("observation", "observation", "observation"))
+# %% ../../nbs/ehr/omop.ipynb #e05a7e0f
+ITEMS = dict(condition_occurrence=("diagnosis", "condition", "condition_start"), drug_exposure=("medication", "drug", "drug_exposure_start"),
+             procedure_occurrence=("procedure", "procedure", "procedure"), device_exposure=("other", "device", "device_exposure_start"), measurement=("lab", "measurement", "measurement"), observation=("observation", "observation", "observation"))
 
 def _items(b, table, context) -> pl.DataFrame:
     "A block with its codes, times and stays: code_, label_, system_, local_, group_, when_, known_, hadm_id"
@@ -316,7 +361,7 @@ def _items(b, table, context) -> pl.DataFrame:
     b = b.with_columns(pl.when(mapped).then(f"{n}_0").otherwise(f"{n}_1").alias(f"{n}_") for n in names)
     own = pl.col(f"{item}_source_value").cast(pl.String).str.strip_chars()
     b = b.with_columns(code_=pl.coalesce("code_", pl.lit("OMOP_SOURCE//") + pl.when(own != "").then(own)))
-    return _stamped(b.join(context["stays"], on="visit_occurrence_id", how="left", maintain_order="left"), start, context["clock"].get(table, False))
+    return _stamped(b.join(context["stays"], on="visit_occurrence_id", how="left", maintain_order="left"), start, context["clock"][table])
 
 def _say(b, kind, where=None, **values): return emit(b, kind, "code_", "when_", subject="person_id", hadm="hadm_id", known="known_", name="label_", where=where, **values)
 
@@ -362,44 +407,61 @@ def _observations(block, context):
     b = b.with_columns(said_=pl.coalesce(pl.col("value_as_string").cast(pl.String), "said_")); allergy = pl.col("label_").str.contains("(?i)allerg").fill_null(False)
     return [_say(b, kind, where, number="number_", unit="unit_", text="said_") for kind, where in (("observation", ~allergy), ("allergy", allergy))]
 
-# %% ../../nbs/ehr/omop.ipynb #e379a0b3
+# %% ../../nbs/ehr/omop.ipynb #e4fb9847
 NOTES = dict(discharge_summary="discharge", radiology="radiol|imaging|x-ray|ct scan|tomograph|mri|ultraso")
 
 def _notes(block, context):
-    b = _labelled(_labelled(block, "note_class_concept_id", context), "note_type_concept_id", context, "type_").join(context["stays"], on="visit_occurrence_id", how="left", maintain_order="left")
-    b = _stamped(b, "note", context["clock"].get("note", False))
+    b = _labelled(_labelled(block, "note_class_concept_id", context), "note_type_concept_id", context, "type_")
+    b = _stamped(b.join(context["stays"], on="visit_occurrence_id", how="left", maintain_order="left"), "note", context["clock"]["note"])
     words = pl.concat_str("label_", "type_", pl.col("note_title").cast(pl.String), separator=" ", ignore_nulls=True)
     slug = pl.coalesce("label_", "type_").str.to_lowercase().str.replace_all("[^a-z0-9]+", "_").str.strip_chars("_")
     text = pl.col("note_text").cast(pl.String)
     b = b.with_columns(code_=pl.lit("NOTE//") + pl.coalesce(_match(words, NOTES), slug, pl.lit("note")), text_=pl.when(text.str.strip_chars() != "").then(text))
-    return [emit(b, "note", "code_", "when_", subject="person_id", hadm="hadm_id", known="known_", text="text_", where=pl.col("text_").is_not_null()), reject(b, "note without text", where=pl.col("text_").is_null())]
+    return [emit(b, "note", "code_", "when_", subject="person_id", hadm="hadm_id", known="known_", text="text_", where=pl.col("text_").is_not_null()),
+            reject(b, "note without text", where=pl.col("text_").is_null())]
 
-# %% ../../nbs/ehr/omop.ipynb #1f5582ee
+# %% ../../nbs/ehr/omop.ipynb #11a98063
+def _blocks(tables, name, columns=None): return (b for t in tables if t.name == name for b in _read(t, columns=columns))
+
+def _stays(tables) -> dict:
+    "Which visits are stays and when they end, and which are emergency visits"
+    frames = [pl.DataFrame(schema=dict(visit_occurrence_id=pl.Int64, person_id=pl.Int64, visit_concept_id=pl.Int64, begun=pl.Datetime("us"), left_=pl.Datetime("us")))]
+    times = lambda b, stem: pl.select(pl.coalesce(parse_times(b[f"{stem}_datetime"]), parse_times(b[f"{stem}_date"]))).to_series()
+    for b in _blocks(tables, "visit_occurrence"):
+        b = b.filter(pl.col("visit_concept_id").is_in([*STAYS, *EMERGENCY]))
+        frames.append(b.select("visit_occurrence_id", "person_id", "visit_concept_id", begun=times(b, "visit_start"), left_=times(b, "visit_end")))
+    visits = pl.concat(frames).drop_nulls("visit_occurrence_id"); stay = pl.col("visit_concept_id").is_in(list(STAYS))
+    spans = visits.filter(stay).select("person_id", first_=pl.col("begun").dt.date() - pl.duration(days=1), stay_="visit_occurrence_id", end_="left_")
+    return dict(stays=visits.filter(stay).group_by("visit_occurrence_id").agg(pl.col("left_").max()).with_columns(hadm_id="visit_occurrence_id"),
+                spans=spans.drop_nulls(["person_id", "first_"]).sort("first_"), emergency=visits.filter(~stay)["visit_occurrence_id"])
+
+# %% ../../nbs/ehr/omop.ipynb #252ade61
+def _last_periods(tables) -> pl.DataFrame:
+    "The end of each patient's last observation period"
+    frames = [b.group_by("person_id").agg(last=_day(b, "observation_period_end_date").max()) for b in _blocks(tables, "observation_period")]
+    return pl.concat([pl.DataFrame(schema=dict(person_id=pl.Int64, last=pl.Date)), *frames]).group_by("person_id").agg(pl.col("last").max())
+
+def _sites(tables) -> pl.DataFrame:
+    "The names of care sites"
+    frames = [b.select("care_site_id", site=pl.coalesce(pl.col("care_site_name", "care_site_source_value").cast(pl.String))) for b in _blocks(tables, "care_site", COLUMNS["care_site"])]
+    return pl.concat([pl.DataFrame(schema=dict(care_site_id=pl.Int64, site=pl.String)), *frames]).drop_nulls().unique("care_site_id", keep="first", maintain_order=True)
+
+def _has_clock(tables, name, stem) -> bool:
+    "Whether the first block of a table has a time of day"
+    block = next(_blocks(tables, name), None)
+    return block is not None and bool(block.select(_clock(block, stem).any()).item())
+
 def _prepare(tables) -> dict:
     "What has to be known before the events"
-    of = lambda name: [t for t in tables if t.name == name]
-    gather = lambda name, *columns: pl.concat([pl.DataFrame(schema=dict.fromkeys(columns, pl.Null)), *(b.select(columns) for t in of(name) for b in _read(t, columns=columns))], how="vertical_relaxed")
-    times = lambda b, stem: pl.coalesce(parse_times(b[f"{stem}_datetime"]), parse_times(b[f"{stem}_date"]))
-    visits, last = [pl.DataFrame(schema=dict(visit_occurrence_id=pl.Int64, person_id=pl.Int64, visit_concept_id=pl.Int64, begun=pl.Datetime("us"), left_=pl.Datetime("us")))], []
-    for b in (b for t in of("visit_occurrence") for b in _read(t)):
-        v = b.filter(pl.col("visit_concept_id").is_in([*STAYS, *EMERGENCY])); visits.append(v.select("visit_occurrence_id", "person_id", "visit_concept_id", begun=pl.select(times(v, "visit_start")).to_series(), left_=pl.select(times(v, "visit_end")).to_series()))
-    for b in (b for t in of("observation_period") for b in _read(t)): last.append(b.group_by("person_id").agg(last=_day(b, "observation_period_end_date").max()))
-    visits = pl.concat(visits).drop_nulls("visit_occurrence_id"); stay = pl.col("visit_concept_id").is_in(list(STAYS))
-    sites = gather("care_site", "care_site_id", "care_site_name", "care_site_source_value").cast(dict(care_site_id=pl.Int64, care_site_name=pl.String, care_site_source_value=pl.String))
-    concepts = Concepts(of("concept"))
-    return dict(subjects=gather("person", "person_id")["person_id"].cast(pl.Int64).drop_nulls().unique(), concepts=concepts,
-        remarks=[] if concepts.path else ["the database has no table concept: codes stay OMOP//number"],
-        spans=visits.filter(stay).select("person_id", first_=pl.col("begun").dt.date() - pl.duration(days=1), stay_="visit_occurrence_id", end_="left_").drop_nulls(["person_id", "first_"]).sort("first_"),
-        stays=visits.filter(stay).group_by("visit_occurrence_id").agg(pl.col("left_").max()).with_columns(hadm_id="visit_occurrence_id"), emergency=visits.filter(~stay)["visit_occurrence_id"],
-        last=pl.concat([pl.DataFrame(schema=dict(person_id=pl.Int64, last=pl.Date)), *last]).group_by("person_id").agg(pl.col("last").max()),
-        sites=sites.select("care_site_id", site=pl.coalesce("care_site_name", "care_site_source_value")).drop_nulls().unique("care_site_id", keep="first", maintain_order=True),
-        clock={name: any(b.select(_clock(b, stem).any()).item() for t in of(name)[:1] for b in _first(_read(t))) for name, stem in [*((n, i[2]) for n, i in ITEMS.items()), ("note", "note")]})
+    people = [b["person_id"].drop_nulls().unique() for b in _blocks(tables, "person", ("person_id",))]
+    concepts = Concepts([t for t in tables if t.name == "concept"])
+    return dict(subjects=pl.concat([pl.Series("person_id", dtype=pl.Int64), *people]).unique(), concepts=concepts, **_stays(tables), last=_last_periods(tables), sites=_sites(tables),
+                clock={name: _has_clock(tables, name, stem) for name, stem in [*((n, i[2]) for n, i in ITEMS.items()), ("note", "note")]},
+                remarks=[] if concepts.path else ["the database has no table concept: codes stay OMOP//number"])
 
-def _first(blocks): return [b for b in [next(blocks, None)] if b is not None]
-
-# %% ../../nbs/ehr/omop.ipynb #7c145163
-RULES = dict(person=_people, death=_deaths, observation_period=_periods, payer_plan_period=_payers, visit_occurrence=_visits, visit_detail=_wards, condition_occurrence=_conditions, drug_exposure=_drugs,
-             procedure_occurrence=_procedures, device_exposure=_devices, measurement=_measurements, observation=_observations, note=_notes)
+# %% ../../nbs/ehr/omop.ipynb #38695b73
+RULES = dict(person=_people, death=_deaths, observation_period=_periods, payer_plan_period=_payers, visit_occurrence=_visits, visit_detail=_wards,
+             condition_occurrence=_conditions, drug_exposure=_drugs, procedure_occurrence=_procedures, device_exposure=_devices, measurement=_measurements, observation=_observations, note=_notes)
 
 def _events(table: str, block, context) -> list:
     "Events and rejects of a block of a table"
