@@ -138,3 +138,53 @@ def test_eunomia_agrees_with_sql(tmp_path):
     found = dict(timeline.events.filter(~pl.col("kind").is_in(["patient", "visit"])).group_by("code").len().rows())
     assert found == expected
     assert len(timeline.subjects) == 2694 and set(timeline.events.filter(pl.col("code") == "MEDS_BIRTH")["subject_id"]) == set(timeline.subjects)
+
+
+def test_values_and_units(tmp_path):
+    "Operators, concepts as values, words of the source, and units that only the source knows"
+    concept = rows("concept_id vocabulary_id concept_code concept_name concept_class_id", (1, "LOINC", "2160-0", "Creatinine", "Lab Test"), (2, "UCUM", "umol/L", "micromole per liter", "Unit"), (3, "LA", "LA1-1", "Detected", "Answer"),
+                   (4, "LOINC", "72514-3", "Pain severity", "Clinical Observation"), (5, "SNOMED", "91936005", "Allergy to penicillin", "Finding"), (6, "LOINC", "8480-6", "Systolic blood pressure", "Clinical Observation"))
+    measured = rows("person_id measurement_concept_id measurement_datetime operator_concept_id value_as_number value_as_concept_id unit_concept_id unit_source_value value_source_value",
+        (1, 1, "2020-03-01 08:00:00", 4172703, "88.42", None, 2, "uM", None), (1, 1, "2020-03-01 09:00:00", 4171756, "20", None, 2, None, None), (1, 1, "2020-03-01 10:00:00", None, None, 3, None, None, None),
+        (1, 1, "2020-03-01 11:00:00", None, None, 0, 0, None, "hemolyzed"), (1, 4, "2020-03-01 12:00:00", None, "7", 0, 0, None, None), (1, 6, "2020-03-01 13:00:00", 0, "120", 0, 0, "mmHg", "120"), (1, 1, "2020-03-01 14:00:00", 0, None, 777, 0, None, None))
+    observed = rows("person_id observation_concept_id observation_datetime value_as_string value_as_concept_id", (1, 5, "2020-03-01 08:00:00", None, 0), (1, 4, "2020-03-01 09:00:00", "mild", 3))
+    timeline, _ = imported(write(tmp_path / "in", person=PERSON, concept=concept, measurement=measured, observation=observed), tmp_path)
+    found = timeline.events.filter(~pl.col("kind").is_in(["patient"])).sort("time", "code").select("code", pl.col("numeric_value").round(3), "text_value", "unit", "kind").rows()
+    assert found == [("LOINC//2160-0", 1.0, None, "mg/dL", "lab"), ("SNOMED//91936005", None, None, None, "allergy"), ("LOINC//2160-0", None, "<20", "mg/dL", "lab"), ("LOINC//72514-3", None, "mild", None, "observation"),
+                     ("LOINC//2160-0", None, "Detected", None, "lab"), ("LOINC//2160-0", None, "hemolyzed", None, "lab"), ("LOINC//72514-3", 7.0, None, None, "observation"), ("LOINC//8480-6", 120.0, None, "mm[Hg]", "vital"),
+                     ("LOINC//2160-0", None, "OMOP//777", None, "lab")]
+
+
+def test_notes(tmp_path):
+    "The class names the code; a title never does; a note with a date only is known at the end of its day"
+    concept = rows("concept_id vocabulary_id concept_code concept_name concept_class_id", (1, "LOINC", "18842-5", "Discharge summary", "Note"), (2, "LOINC", "34117-2", "History and physical note", "Note"), (32831, "Type Concept", "x", "EHR note", "T"))
+    notes = rows("person_id note_date note_datetime note_class_concept_id note_type_concept_id note_title note_text visit_occurrence_id", (1, "2020-03-05", "2020-03-05 11:00:00", 1, 32831, None, "One", 10), (1, "2020-03-01", None, 2, 32831, "Mr Doe", "Two", 10),
+                 (1, "2020-03-02", "2020-03-02 10:00:00", 0, 32831, "CHEST X-RAY", "Three", None), (1, "2020-03-03", "2020-03-03 10:00:00", 0, 0, "Mr Doe", "Four", None), (1, "2020-03-04", "2020-03-04 10:00:00", 1, 0, None, " ", 10))
+    timeline, report = imported(write(tmp_path / "in", person=PERSON, visit_occurrence=VISITS, concept=concept, note=notes), tmp_path)
+    found = timeline.events.filter(pl.col("kind") == "note").sort("time").select("code", "text_value", "known_time", "hadm_id").rows()
+    assert found == [("NOTE//history_and_physical_note", "Two", datetime(2020, 3, 2), 10), ("NOTE//radiology", "Three", None, None), ("NOTE//note", "Four", None, None), ("NOTE//discharge_summary", "One", None, 10)]
+    assert report.rules.query("rule == 'note without text'")["records"].sum() == 1
+
+
+def test_end_of_follow_up_and_strangers(tmp_path):
+    periods = rows("person_id observation_period_start_date observation_period_end_date", (1, "2010-01-01", "2012-12-31"), (1, "2015-01-01", "2021-03-01"), (2, "2015-01-01", None), (3, "2015-01-01", "2020-01-01"))
+    timeline, report = imported(write(tmp_path / "in", person=PERSON, observation_period=periods, concept=CONCEPT), tmp_path)
+    assert timeline.events.filter(pl.col("code") == "END_OF_FOLLOWUP").select("subject_id", "time").rows() == [(1, datetime(2021, 3, 1))]
+    t = report.table.set_index("table").loc["observation_period"]
+    assert (t["events"], t["dropped"], t["not imported"]) == (1, 2, 1)
+
+
+def test_a_bill_cannot_be_read_at_discharge(tmp_path):
+    "Through the gate: at discharge the record's own diagnosis is known and the bill's is not"
+    from clinllm.core.tables import Cohort
+    from clinllm.ehr.cohort import build_cohort
+    days = range(1, 13)
+    person = rows("person_id gender_concept_id year_of_birth", *[(i, 8507, 1950) for i in days])
+    visits = rows(STAYS, *[(100 * i + k, i, 262, f"2020-0{1 + k * (i % 2 + 1)}-02", f"2020-0{1 + k * (i % 2 + 1)}-02 08:00:00", f"2020-0{1 + k * (i % 2 + 1)}-05", f"2020-0{1 + k * (i % 2 + 1)}-05 12:00:00", 8536, None) for i in days for k in (0, 1)])
+    given = conditions(*[(i, c, "2020-01-02", "2020-01-02 08:00:00", kind, 100 * i, "a") for i in days for c, kind in ((1, 32810), (2, 32817))])
+    concept = pl.concat([CONCEPT, rows("concept_id vocabulary_id concept_code concept_name concept_class_id", (2, "ICD10CM", "I10", "Hypertension", "Code"))])
+    timeline, _ = imported(write(tmp_path / "in", person=person, visit_occurrence=visits, condition_occurrence=given, concept=concept), tmp_path)
+    cohort = build_cohort(timeline, validation=.3, test=.3)
+    first = timeline.until(cohort).events.filter(pl.col("prediction_time") == datetime(2020, 1, 5, 12))
+    assert "ICD10CM//I10" in set(first["code"]) and "ICD10CM//I50.9" not in set(first["code"]) and isinstance(cohort, Cohort)
+    assert "ICD10CM//I50.9" in set(timeline.until(cohort).events.filter(pl.col("prediction_time") > datetime(2020, 1, 7))["code"])
