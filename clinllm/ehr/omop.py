@@ -21,7 +21,7 @@ __all__ = ['TABLES', 'LOOKED_UP', 'NOT_OPENED', 'LEFT_OUT', 'DATABASE_MEMORY', '
            'PAYERS', 'STAYS', 'EMERGENCY', 'VISITS', 'DISCHARGE', 'INTENSIVE', 'ITEMS', 'OPERATORS', 'VITALS', 'NOTES',
            'RULES', 'OMOP', 'Concepts']
 
-# %% ../../nbs/ehr/omop.ipynb #9856d461
+# %% ../../nbs/ehr/omop.ipynb #70298ac6
 TABLES = ("person", "death", "observation_period", "payer_plan_period", "visit_occurrence", "visit_detail", "condition_occurrence", "drug_exposure",
           "procedure_occurrence", "device_exposure", "measurement", "observation", "note")
 LOOKED_UP = ("concept", "care_site")
@@ -37,6 +37,7 @@ def _table_name(table) -> str:
         if bare in (*TABLES, *LOOKED_UP, *NOT_OPENED, *LEFT_OUT): return bare
     return table.name
 
+# %% ../../nbs/ehr/omop.ipynb #9549978d
 DATABASE_MEMORY = "1GB"         # what DuckDB may keep of a file; by default it takes 80% of the machine
 
 def _connect(path: Path):
