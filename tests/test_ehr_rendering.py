@@ -126,7 +126,7 @@ def test_a_transfer_inside_an_episode_is_not_a_discharge():
     assert said(2).startswith("60-year-old male, 2.0 days after an emergency admission.") and said(6).startswith("60-year-old male, emergency admission, discharged after 6.0 days to a nursing facility.")
 
 def test_names_from_the_source_are_told_and_bare_numbers_are_not():
-    codes = pl.DataFrame([("SNOMED//1", "Essential hypertension (disorder)"), ("SNOMED//2", "Penicillin V\n(substance)"), ("SNOMED//3", "Appendectomy; open (procedure)"), ("RXNORM//9", "furosemide 40 MG Oral Tablet"), ("LOINC//x-1", "Odd | test\nof blood"), ("SNOMED//4", "Gout (disorder)")],
+    codes = pl.DataFrame([("SNOMED//1", "Essential hypertension (disorder)"), ("SNOMED//2", "Penicillin V\n(substance)"), ("SNOMED//3", "Appendectomy; open (procedure)"), ("RXNORM//9", "furosemide 40 MG Oral Tablet "), ("LOINC//x-1", "Odd | test\nof blood"), ("SNOMED//4", "Gout (disorder)")],
                          schema=["code", "description"], orient="row").with_columns(concept=pl.lit(None, dtype=pl.String), kind=pl.lit(None, dtype=pl.String))
     stay = dict(hadm_id=10)
     rows = [CAME, (day(-99), "SNOMED//1", dict(kind="diagnosis")), (day(-98), "SNOMED//4", dict(kind="diagnosis")), (day(-50), "SNOMED//2", dict(kind="allergy")), (day(1), "SNOMED//3", stay | dict(kind="procedure")), (day(-90), "SNOMED//3", dict(kind="procedure")), (day(1), "RXNORM//9", stay | dict(kind="medication")),

@@ -81,8 +81,8 @@ def trends(m: pl.DataFrame,         # from `measurements`
     word = pl.when(pl.col("change") > TREND_WIDTHS).then(pl.lit("rising")).when(pl.col("change") < -TREND_WIDTHS).then(pl.lit("falling")).when(pl.col("change").is_not_null()).then(pl.lit("steady"))
     return change.select(*by, trend=word)
 
-# %% ../../nbs/ehr/rendering.ipynb #a0fc45f8
-PLAIN = {"1": "", "[pH]": "", "Cel": "C", "mm[Hg]": "mmHg", "{score}": ""}     # UCUM as people write it
+# %% ../../nbs/ehr/rendering.ipynb #d2aa51df
+PLAIN = {"1": "", "[pH]": "", "Cel": "C", "mm[Hg]": "mmHg", "[degF]": "F", "[lb_av]": "lb", "[in_i]": "in", "{score}": ""}     # UCUM as people write it
 
 def _number(column): return pl.col(column).round_sig_figs(3).cast(pl.String).str.replace(r"\.0$", "")
 def _side(value): return pl.when(pl.col(value) > pl.col("high")).then(pl.lit(" high")).when(pl.col(value) < pl.col("low")).then(pl.lit(" low")).otherwise(pl.lit(""))
@@ -112,7 +112,7 @@ def _as_row(r):
     worst = _if(pl.col("severity") > pl.col("now"), _number("worst"), _side("worst"))
     return r.select("row", "section", text=pl.concat_str(name, _number("last") + _side("last"), pl.col("trend").fill_null(""), worst, age, separator=" | "))
 
-# %% ../../nbs/ehr/rendering.ipynb #369ab773
+# %% ../../nbs/ehr/rendering.ipynb #8cef86ac
 def read_diagnoses(known: pl.DataFrame,     # from `known_events`
                    ) -> pl.DataFrame:       # row, time (latest), code (such as "I50.9"), condition (missing for rarer ones), label
     "Distinct diagnosis codes known at each prediction"
@@ -121,7 +121,7 @@ def read_diagnoses(known: pl.DataFrame,     # from `known_events`
 
 def _plain():
     "The label in one line, without the type that SNOMED CT adds to its names"
-    return pl.col("label").str.replace_all(r"[\s;]+", " ").str.replace(r" \((disorder|finding|situation|procedure|substance|product|clinical drug)\)$", "")
+    return pl.col("label").str.replace_all(r"[\s;]+", " ").str.replace(r" \((disorder|finding|situation|procedure|substance|product|clinical drug)\)$", "").str.strip_chars()
 
 def _diagnoses(known):
     "Diagnoses in words, those with a name first, then the newest"
