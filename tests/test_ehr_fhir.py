@@ -164,6 +164,18 @@ def test_a_merged_record_is_the_other_patient(tmp_path):
     made, told, ctx = parsed([PATIENT, dict(resourceType="Patient", id="old", gender="female", link=[{"type": "replaced-by", "other": WHO}]), observation(subject={"reference": "Patient/old"}, valueInteger=1)], tmp_path)
     assert made[3][0]["subject_id"] == _key("p") and ctx["subjects"].to_list() == [_key("p")] and told[2] == [("not imported: record was merged into another patient's", "not imported")]
 
+def test_a_damaged_patient_keeps_the_events_of_others_about_her(tmp_path):
+    made, told, ctx = parsed([dict(PATIENT, communication="Spanish"), observation(valueInteger=1)], tmp_path)
+    assert told[1] == [("field of the wrong data type in Patient", "dropped")] and made[2][0]["subject_id"] == _key("p") and ctx["subjects"].to_list() == [_key("p")]
+
+def test_a_stay_in_another_encoding_is_still_a_stay(tmp_path):
+    stay = dict(resourceType="Encounter", id="e", status="finished", subject=WHO, type=[{"text": "Séjour"}], period={"start": "2024-01-01T00:00:00Z"}, **{"class": {"code": "IMP"}})
+    lines = [json.dumps(r, ensure_ascii=False).encode("cp1252") for r in (PATIENT, stay, observation(encounter={"reference": "Encounter/e"}, valueString="fièvre"))]
+    (tmp_path / "a.ndjson").write_bytes(b"\n".join(lines)); (tmp_path / "p.ndjson").write_text(json.dumps(dict(PATIENT, birthDate="1950-01-01")))
+    report, got = imported(tmp_path, tmp_path / "out")
+    assert set(got.filter(pl.col("hadm_id") == _key("e"))["code"]) == {"HOSPITAL_ADMISSION//UNKNOWN", "LOINC//2160-0"} and "fièvre" in got["text_value"].to_list()
+    assert report.rejects.filter(pl.col("rule").str.contains("Windows-1252"))["action"].to_list() == ["kept"] * 2
+
 def test_two_people_under_one_id_are_noticed(tmp_path):
     made, told, _ = parsed([dict(PATIENT, birthDate="1950-01-01"), dict(PATIENT, birthDate="1980-01-01")], tmp_path)
     assert [told[n][0][0] for n in (1, 2)] == ["another Patient has this id, and another birth date or sex"] * 2

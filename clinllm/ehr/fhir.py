@@ -486,7 +486,7 @@ def _encounter(r: Encounter, ctx):
     out = [row(f"HOSPITAL_ADMISSION//{_admission(r, class_)}", p.start), *([row(f"SITE//{site}", p.start)] if site else []), *out]
     return [*out, row(f"HOSPITAL_DISCHARGE//{_discharge(r)}", p.end)] if p.end else out
 
-# %% ../../nbs/ehr/fhir.ipynb #e12e3380
+# %% ../../nbs/ehr/fhir.ipynb #4a324a09
 _ROWS = {Patient: _person, Encounter: _encounter, Condition: _condition, Observation: _observation, MedicationRequest: _request, MedicationAdministration: _administration, MedicationStatement: _statement, Procedure: _procedure,
          AllergyIntolerance: _allergy, Immunization: _immunization, DocumentReference: _document, DiagnosticReport: _report, Composition: _composition, Binary: _binary, Coverage: _coverage}
 _FAULTS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -509,6 +509,8 @@ def _fault(data: bytes) -> tuple:
     except _FAULTS: return "JSON is damaged or cut off", "dropped"
     return (f"field of the wrong data type in {name}" if name in {t.__struct_config__.tag for t in _READ} else "unknown resource type"), "dropped"
 
+def _windows(data: bytes) -> bytes: return data.decode("cp1252", errors="replace").encode()
+
 def read_one(data: bytes,           # JSON of a resource
              url: str | None,       # fullUrl of its entry in a Bundle
              ctx: dict,             # look-ups made by `prepare`
@@ -518,7 +520,7 @@ def read_one(data: bytes,           # JSON of a resource
     except _Left as e: return [(None, *e.args)]
     except _FAULTS: pass
     try: data.decode()
-    except UnicodeDecodeError: return [(None, "text is not UTF-8: read as Windows-1252", "kept"), *read_one(data.decode("cp1252", errors="replace").encode(), url, ctx)]
+    except UnicodeDecodeError: return [(None, "text is not UTF-8: read as Windows-1252", "kept"), *read_one(_windows(data), url, ctx)]
     return [(None, *_fault(data))]
 
 # %% ../../nbs/ehr/fhir.ipynb #e54c9a0b
@@ -620,7 +622,8 @@ def read(table: Table, damage: Damage):
     if data := _whole(table, damage):
         if block := _entries(data, damage): yield block
 
-# %% ../../nbs/ehr/fhir.ipynb #b238424f
+# %% ../../nbs/ehr/fhir.ipynb #2b0ec763
+_bare = msgspec.json.Decoder(msgspec.defstruct("_Bare", [("resourceType", str), ("id", str | None, None)]))
 _WANTED = re.compile(rb'"resourceType"\s*:\s*"(?:Patient|Encounter|Medication|Organization|Binary|Bundle)"')
 _ELSEWHERE = re.compile(rb"Binary/[A-Za-z0-9]")
 
@@ -646,10 +649,10 @@ def _first_pass(table: Table):
     for data, url in found: yield from _decoded_entries(data, url)
 
 def _decoded_entries(data: bytes, url: str | None):
-    try: r = _any.decode(data)
-    except _FAULTS:
-        try: r = _any.decode(data.decode("cp1252", errors="replace").encode())
-        except _FAULTS: return
+    "A resource, or those of a Bundle; of a Patient with a damaged field at least the id, so that the events of the patient have somebody"
+    r = _quietly(_any.decode, data) or _quietly(_any.decode, _windows(data)) or _quietly(_bare.decode, data)
+    if r is None or not isinstance(r, (*_READ, *_OTHER)) and r.resourceType != "Patient": return
+    if not isinstance(r, (*_READ, *_OTHER)): r = Patient(id=r.id)
     if type(r) is Bundle:
         for e in r.entry or (): yield from _decoded_entries(bytes(e.resource), e.fullUrl)
     else: yield r, url
