@@ -349,11 +349,12 @@ def _attached(attachments, ctx) -> tuple:
     kinds = {_media(a) for a in attachments if a is not None and a.data} & {"application/pdf", "text/rtf", "application/rtf", "image/jpeg", "image/png", "image/tiff", "application/dicom", "text/xml", "application/xml"}
     raise _Left(f"not imported: attachment is {sorted(kinds)[0]}" if kinds else "not imported: no readable text attached", "not imported")
 
-# %% ../../nbs/ehr/fhir.ipynb #ae2ad04e
+# %% ../../nbs/ehr/fhir.ipynb #aa14cde1
 NOTES = {"18842-5": "discharge_summary", "28655-9": "discharge_summary", "34105-7": "discharge_summary", "34106-5": "discharge_summary", "29761-2": "discharge_summary", "34745-0": "discharge_nursing", "18748-4": "radiology", "68604-8": "radiology", "11526-1": "pathology",
          "60568-3": "pathology", "11502-2": "laboratory", "34117-2": "history_and_physical", "11506-3": "progress", "34131-3": "progress", "11488-4": "consult", "28570-0": "procedure", "11504-8": "operative",
          "34746-8": "nursing", "34878-9": "emergency", "34111-5": "emergency", "54094-8": "triage", "57133-1": "referral", "34133-9": "summary_of_episode", "51847-2": "assessment_and_plan", "8653-8": "discharge_instructions", "18776-5": "plan_of_care", "34139-4": "telephone"}
-_DEPARTMENTS = {"rad": "radiology", "394914008": "radiology", "lp29684-5": "radiology", "radiology": "radiology", "imaging": "radiology", "ct": "radiology", "nmr": "radiology", "rus": "radiology", "sp": "pathology", "pat": "pathology", "cp": "pathology", "lp7839-6": "pathology", "pathology": "pathology",
+_DEPARTMENTS = {"rad": "radiology", "394914008": "radiology", "lp29684-5": "radiology", "radiology": "radiology", "imaging": "radiology", "ct": "radiology", "nmr": "radiology", "rus": "radiology", "sp": "pathology", "pat": "pathology", "cp": "pathology",
+                "lp7839-6": "pathology", "pathology": "pathology",
                 "cus": "cardiology", "lp29708-2": "cardiology", "cardiology": "cardiology", "mb": "microbiology", "lab": "laboratory", "laboratory": "laboratory"}
 
 def _note_code(type_: _Concept | None, category) -> str:
@@ -405,9 +406,12 @@ def _binary(r: Binary, ctx):
     text, remark = _attached([_Attachment(r.contentType, r.data)], dict(ctx, binaries={}))
     return [*_remark(remark), (*row[:-1], text)]
 
-# %% ../../nbs/ehr/fhir.ipynb #ca002280
+# %% ../../nbs/ehr/fhir.ipynb #e2927f80
 _RACES = {"1002-5": "Native American", "2028-9": "Asian", "2054-5": "Black", "2076-8": "Other", "2106-3": "White", "2131-1": "Other"}
-_LANGUAGES = dict(p.split(":") for p in "en:English es:Spanish fr:French de:German it:Italian pt:Portuguese ru:Russian zh:Chinese ja:Japanese ko:Korean vi:Vietnamese ar:Arabic hi:Hindi tl:Tagalog fil:Tagalog pl:Polish ht:Haitian_Creole bn:Bengali ur:Urdu fa:Persian el:Greek he:Hebrew nl:Dutch sv:Swedish da:Danish no:Norwegian nb:Norwegian fi:Finnish tr:Turkish uk:Ukrainian th:Thai km:Khmer so:Somali am:Amharic sw:Swahili pa:Punjabi gu:Gujarati ta:Tamil te:Telugu ro:Romanian hu:Hungarian cs:Czech".split())
+_LANGUAGES = dict(p.split(":") for p in """en:English es:Spanish fr:French de:German it:Italian pt:Portuguese ru:Russian zh:Chinese ja:Japanese ko:Korean vi:Vietnamese ar:Arabic hi:Hindi
+    tl:Tagalog fil:Tagalog pl:Polish ht:Haitian_Creole bn:Bengali ur:Urdu fa:Persian el:Greek he:Hebrew nl:Dutch sv:Swedish da:Danish no:Norwegian
+    nb:Norwegian fi:Finnish tr:Turkish uk:Ukrainian th:Thai km:Khmer so:Somali am:Amharic sw:Swahili pa:Punjabi gu:Gujarati ta:Tamil te:Telugu ro:Romanian
+    hu:Hungarian cs:Czech""".split())
 _LANGUAGES = {k: v.replace("_", " ") for k, v in _LANGUAGES.items()}
 
 def _race(extensions) -> str | None:
@@ -436,7 +440,8 @@ def _person(r: Patient, ctx):
     if r.deceasedBoolean: out.append((None, "death without a date", "kept"))
     return out
 
-_PAYERS = (("medicare", "Medicare"), ("medicaid", "Medicaid"), ("chip", "Medicaid"), ("self", "Self-pay"), ("uninsured", "Self-pay"), ("tricare", "Other public"), ("veteran", "Other public"), ("public", "Other public"), ("employer", "Private"), ("private", "Private"), ("commercial", "Private"), ("hmo", "Private"), ("ppo", "Private"))
+_PAYERS = (("medicare", "Medicare"), ("medicaid", "Medicaid"), ("chip", "Medicaid"), ("self", "Self-pay"), ("uninsured", "Self-pay"), ("tricare", "Other public"), ("veteran", "Other public"), ("public", "Other public"),
+           ("employer", "Private"), ("private", "Private"), ("commercial", "Private"), ("hmo", "Private"), ("ppo", "Private"))
 def _coverage(r: Coverage, ctx):
     "Who pays, from the day on which the cover begins"
     _leave(r.status); t = r.type or _Concept()
