@@ -63,12 +63,12 @@ class Timeline:
         n = self.events.with_columns(table=pl.col("code").str.split("//").list.first()).group_by("table").len("events").sort("events", descending=True)
         return _card(repr(self), n.head(12).to_pandas(), self.notes)
 
-# %% ../../nbs/core/tables.ipynb #7fa83c3e
+# %% ../../nbs/core/tables.ipynb #19cec18b
 def _cut(events: pl.DataFrame, cohort: Cohort) -> pl.DataFrame:
     "Events known at each prediction: a row per event and prediction"
-    keys = pl.from_pandas(cohort.frame[["subject_id", "prediction_time"]]).with_columns(pl.col("prediction_time").cast(pl.Datetime("us")))
-    known = keys.join(events, on="subject_id", how="inner").filter(~(pl.max_horizontal("time", "known_time") > pl.col("prediction_time")).fill_null(False))
-    return known.sort("subject_id", "prediction_time", "time", nulls_last=False, maintain_order=True)
+    keys = pl.from_pandas(cohort.frame[["subject_id", "prediction_time"]]).with_columns(pl.col("prediction_time").cast(pl.Datetime("us"))).sort("subject_id", "prediction_time")
+    late = (pl.max_horizontal("time", "known_time") > pl.col("prediction_time")).fill_null(False)
+    return keys.lazy().join(events.lazy(), on="subject_id", how="inner", maintain_order="left_right").filter(~late).collect()
 
 @dataclass(frozen=True, repr=False)
 class History:

@@ -13,7 +13,7 @@ import numpy as np, polars as pl, pyarrow as pa, pyarrow.csv as pacsv, pyarrow.p
 from ..core.errors import DataError
 
 # %% auto #0
-__all__ = ['READERS', 'PIECE', 'BLOCK', 'ROW_RULE', 'Table', 'list_tables', 'Damage', 'scan', 'scan_lines']
+__all__ = ['READERS', 'PIECE', 'BLOCK', 'ROWS', 'ROW_RULE', 'Table', 'list_tables', 'Damage', 'scan', 'scan_lines']
 
 # %% ../../nbs/ehr/files.ipynb #69008f8b
 class Table(NamedTuple):
@@ -96,8 +96,9 @@ def _ahead(items, n: int = 2):
         if got[1]: raise got[1]
     finally: stop.set()
 
-# %% ../../nbs/ehr/files.ipynb #dd0dca07
+# %% ../../nbs/ehr/files.ipynb #b5e6c19e
 BLOCK = 8 << 20         # bytes in a block
+ROWS = 50_000           # rows in a block, where the reader counts rows
 ROW_RULE = "row has another number of fields than the header"
 
 def _end(data: bytes, quotes: bool) -> int:
@@ -131,7 +132,7 @@ def _utf8(data: bytes, start: int, damage) -> bytes:
         except UnicodeDecodeError: lines[i] = line.decode("cp1252", errors="replace").encode(); wrong.append(start + i)
     damage.add(wrong, "line is not UTF-8: read as Windows-1252", "kept"); return b"\n".join(lines)
 
-# %% ../../nbs/ehr/files.ipynb #bec98b96
+# %% ../../nbs/ehr/files.ipynb #b0c2eb95
 def _records(data: bytes) -> np.ndarray:
     "Number of the line, from 0, on which each record of a CSV block starts; empty lines are no records"
     bytes_ = np.frombuffer(data, dtype=np.uint8)
@@ -145,10 +146,10 @@ def _records(data: bytes) -> np.ndarray:
 
 def _parse(data: bytes, names: list, columns: list, separator: str, start: int, damage) -> pl.DataFrame:
     "A CSV block as strings, with `line`; rows with another number of fields are noted and left out"
-    quoted, wrong = b'"' in data, []
+    quoted, wrong = b'"' in data and not (separator == "\t" and b'\t"' not in data and b'\n"' not in data), []     # between tabs, a quote inside a field is an inch or a name
     def read(threads, handler):
         return pacsv.read_csv(pa.py_buffer(data), pacsv.ReadOptions(column_names=names, use_threads=threads, block_size=max(len(data) + 1, 1 << 16) if quoted or not threads else 1 << 20),
-            pacsv.ParseOptions(delimiter=separator, newlines_in_values=quoted, invalid_row_handler=handler),
+            pacsv.ParseOptions(delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted, invalid_row_handler=handler),
             pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), include_columns=columns, strings_can_be_null=True, null_values=[""], check_utf8=False))
     try: table = read(True, lambda row: "error")
     except pa.ArrowInvalid:
@@ -161,7 +162,7 @@ def _parse(data: bytes, names: list, columns: list, separator: str, start: int, 
     if wrong: damage.add(start + lines[wrong], ROW_RULE); lines = np.delete(lines, wrong)
     return pl.from_arrow(table).with_columns(line=pl.Series(start + lines).cast(pl.UInt32))
 
-# %% ../../nbs/ehr/files.ipynb #85fafc18
+# %% ../../nbs/ehr/files.ipynb #59b568c3
 def _header(data: bytes) -> tuple:
     "Column names in lower case, the separator, and the rest of a block"
     line, _, rest = data.partition(b"\n"); text = line.decode("utf-8", errors="replace").strip("\r")
@@ -186,7 +187,7 @@ def _numbered(batches):
 def _scan_parquet(path, columns, damage):
     try:
         file = pq.ParquetFile(path); have = {c.lower(): c for c in file.schema_arrow.names}
-        yield from _numbered(file.iter_batches(100_000, columns=[have[c] for c in columns if c in have] if columns else None))
+        yield from _numbered(file.iter_batches(ROWS, columns=[have[c] for c in columns if c in have] if columns else None))
     except (OSError, pa.ArrowException): damage.add(0, "Parquet file is damaged: the rest is lost")
 
 def _scan_duckdb(path, name, columns, damage):
@@ -195,7 +196,7 @@ def _scan_duckdb(path, name, columns, damage):
         with duckdb.connect(str(path), read_only=True) as db:
             have = {c[0].lower(): c[0] for c in db.execute(f'select * from "{name}" limit 0').description}
             chosen = ", ".join(f'"{have[c]}"' for c in columns if c in have) if columns else "*"
-            yield from _numbered(db.execute(f'select {chosen} from "{name}"').to_arrow_reader(100_000))
+            yield from _numbered(db.execute(f'select {chosen} from "{name}"').to_arrow_reader(ROWS))
     except duckdb.Error as e: raise DataError(f"table {name!r} of {path.name} cannot be read as DuckDB ({type(e).__name__}). Check the file with the duckdb command line.") from None
 
 def scan(table: Table,              # the file
