@@ -543,7 +543,7 @@ def _instant(text: str | None, last: bool = False) -> int | None:
 
 FIRST, LAST = _Memo(_instant), _Memo(lambda text: _instant(text, last=True))
 
-# %% ../../nbs/ehr/fhir.ipynb #9c700c1a
+# %% ../../nbs/ehr/fhir.ipynb #5f89174d
 _COLUMNS = dict(line=pl.UInt32, kind=pl.String, code=pl.String, time=pl.Int64, subject_id=pl.Int64, visit=pl.Int64, known=pl.Int64, name=pl.String, number=pl.Float64, unit=pl.String, text=pl.String)
 _NONE = np.iinfo(np.int64).min      # no stay, no end
 
@@ -555,13 +555,16 @@ def _timed_rows(block: list, ctx: dict) -> tuple:
             kind, code, time, who, visit, known, name, number, unit, text = row if row[0] is not None else (*row, *_NOTHING)
             if kind is None: told.append((line, code, time)); continue
             if not code: told.append((line, "no code", "dropped")); continue
+            stamp = time
             if time is not None:
                 if len(time) < 8: told.append((line, "partial date: its first instant", "kept"))
                 if (time := FIRST[time]) is None: told.append((line, "time cannot be read", "dropped")); continue
             if known is not None and (known := LAST[known]) is None: told.append((line, "date of record cannot be read", "kept"))
+            if known is None and stamp is not None and len(stamp) <= 10 and kind not in _DATED: known = LAST[stamp]
             rows.append((line, kind, code, time, who, visit, known, name, number, unit, text))
     return rows, told
 _NOTHING = (None,) * 7
+_DATED = ("patient", "visit", "fact", "diagnosis", "allergy")       # kinds that have a rule of their own
 
 def _frame(rows: list, ctx: dict) -> pl.DataFrame:
     "Rows as columns, with `hadm_id` and the `end` of the encounter"

@@ -50,7 +50,7 @@ class Damage:
         frame = pl.DataFrame(dict(line=self.lines, rule=self.rules, action=self.actions), schema=dict(line=pl.UInt32, rule=pl.String, action=pl.String))
         self.lines, self.rules, self.actions = [], [], []; return frame
 
-# %% ../../nbs/ehr/files.ipynb #8a36dc08
+# %% ../../nbs/ehr/files.ipynb #f97062ec
 PIECE = 1 << 20         # bytes read at a time
 
 def _unzipped(file, damage) -> Iterator[bytes]:
@@ -77,6 +77,7 @@ def _pieces(path: Path, damage) -> Iterator[bytes]:
             for piece in pieces: yield decode(piece).encode()
         else: yield first.removeprefix(codecs.BOM_UTF8); yield from pieces
 
+# %% ../../nbs/ehr/files.ipynb #74ad1174
 def _ahead(items, n: int = 2):
     "The same items, made by another thread up to `n` in advance"
     waiting, stop, end = queue.Queue(n), threading.Event(), object()
@@ -132,7 +133,7 @@ def _utf8(data: bytes, start: int, damage) -> bytes:
         except UnicodeDecodeError: lines[i] = line.decode("cp1252", errors="replace").encode(); wrong.append(start + i)
     damage.add(wrong, "line is not UTF-8: read as Windows-1252", "kept"); return b"\n".join(lines)
 
-# %% ../../nbs/ehr/files.ipynb #b0c2eb95
+# %% ../../nbs/ehr/files.ipynb #9a5903f9
 def _records(data: bytes) -> np.ndarray:
     "Number of the line, from 0, on which each record of a CSV block starts; empty lines are no records"
     bytes_ = np.frombuffer(data, dtype=np.uint8)
@@ -144,6 +145,7 @@ def _records(data: bytes) -> np.ndarray:
     blank = (length == 0) | ((length == 1) & (bytes_[np.minimum(begins, len(data) - 1)] == 13))
     return first[~blank]
 
+# %% ../../nbs/ehr/files.ipynb #0caf2b94
 def _parse(data: bytes, names: list, columns: list, separator: str, start: int, damage) -> pl.DataFrame:
     "A CSV block as strings, with `line`; rows with another number of fields are noted and left out"
     quoted, wrong = b'"' in data and not (separator == "\t" and b'\t"' not in data and b'\n"' not in data), []     # between tabs, a quote inside a field is an inch or a name
@@ -162,7 +164,7 @@ def _parse(data: bytes, names: list, columns: list, separator: str, start: int, 
     if wrong: damage.add(start + lines[wrong], ROW_RULE); lines = np.delete(lines, wrong)
     return pl.from_arrow(table).with_columns(line=pl.Series(start + lines).cast(pl.UInt32))
 
-# %% ../../nbs/ehr/files.ipynb #59b568c3
+# %% ../../nbs/ehr/files.ipynb #752e6311
 def _header(data: bytes) -> tuple:
     "Column names in lower case, the separator, and the rest of a block"
     line, _, rest = data.partition(b"\n"); text = line.decode("utf-8", errors="replace").strip("\r")
@@ -199,6 +201,7 @@ def _scan_duckdb(path, name, columns, damage):
             yield from _numbered(db.execute(f'select {chosen} from "{name}"').to_arrow_reader(ROWS))
     except duckdb.Error as e: raise DataError(f"table {name!r} of {path.name} cannot be read as DuckDB ({type(e).__name__}). Check the file with the duckdb command line.") from None
 
+# %% ../../nbs/ehr/files.ipynb #37d38800
 def scan(table: Table,              # the file
          columns=None,              # names in lower case; those that the file lacks are left out; all by default
          damage: Damage = None,     # is told what could not be read
@@ -210,6 +213,7 @@ def scan(table: Table,              # the file
     if table.reader == "duckdb": return _scan_duckdb(table.path, table.name, columns, damage)
     raise DataError(f"{table.path.name} is read by {table.reader!r}; scan reads csv, parquet and duckdb.")
 
+# %% ../../nbs/ehr/files.ipynb #9b621daa
 def scan_lines(table: Table,        # an ndjson file
                damage: Damage = None,   # is told what could not be read
                size: int = BLOCK // 2,  # bytes in a block

@@ -20,8 +20,8 @@ from .files import ROW_RULE, Damage, Table, scan, scan_lines
 from .vocabulary import CONCEPTS, CONVERSIONS, LOINC, to_ucum
 
 # %% auto #0
-__all__ = ['TIME_FORMATS', 'STAGED', 'REJECT', 'ACTIONS', 'EARLIEST', 'LATE', 'SHARD_BYTES', 'FLUSH', 'FLUSH_BYTES', 'CODES',
-           'parse_times', 'subject_key', 'Format', 'emit', 'reject', 'ImportReport', 'run_import']
+__all__ = ['TIME_FORMATS', 'STAGED', 'REJECT', 'ACTIONS', 'EARLIEST', 'LATE', 'SHARD_BYTES', 'FLUSH', 'FLUSH_BYTES', 'BATCH',
+           'CODES', 'parse_times', 'subject_key', 'Format', 'emit', 'reject', 'ImportReport', 'run_import']
 
 # %% ../../nbs/ehr/importing.ipynb #1671f207
 TIME_FORMATS = ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d", "%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y%m%d", "%m/%d/%Y %H:%M:%S", "%m/%d/%Y %H:%M", "%m/%d/%Y")
@@ -55,7 +55,7 @@ def subject_key(ids: pl.Expr,       # ids as strings
     other = pl.when(number.is_null()).then(clean)
     return pl.coalesce(number, other.map_batches(keys, return_dtype=pl.Int64))
 
-# %% ../../nbs/ehr/importing.ipynb #b09f22c4
+# %% ../../nbs/ehr/importing.ipynb #2e2b3374
 STAGED = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float64, "text_value": pl.String, "hadm_id": pl.Int64, "known_time": pl.Datetime("us"),
           "unit": pl.String, "kind": pl.String, "name": pl.String, "concept": pl.String, "line": pl.UInt32, "rule": pl.String, "noted": pl.String}
 REJECT = {"line": pl.UInt32, "rule": pl.String, "action": pl.String}
@@ -76,6 +76,7 @@ class Format(NamedTuple):
     shifted: bool = False       # dates were moved on purpose or are invented; found out where most lie in the future
     credit: str = ""            # what the licence asks to be said
 
+# %% ../../nbs/ehr/importing.ipynb #8b5d214d
 def emit(block: pl.DataFrame,   # rows of a table with `line`
          kind,                  # one of `vocabulary.KINDS`, an expression, or None where only the code tells
          code,                  # name of a column or expression, as all below; a row whose code is missing makes no event
@@ -104,6 +105,7 @@ def emit(block: pl.DataFrame,   # rows of a table with `line`
         hadm_id=pl.col("hadm_id").cast(pl.Int64, strict=False), noted=noted).with_columns(rule=pl.when(pl.col("subject_id").is_null()).then(pl.lit("no patient")).otherwise(rule)).select(
         [pl.col(c).cast(t) for c, t in STAGED.items()])
 
+# %% ../../nbs/ehr/importing.ipynb #3f9a1f2d
 def reject(block: pl.DataFrame,     # rows of a table with `line`
            rule: str,               # what is wrong, without any value
            where=None,              # which rows; all by default
@@ -133,9 +135,9 @@ def _settle(frames: list, lines: np.ndarray, subjects: pl.Series | None, latest:
 
 def _lines(block) -> np.ndarray: return block["line"].to_numpy().astype(np.int64) if isinstance(block, pl.DataFrame) else np.array([b[0] for b in block], dtype=np.int64)
 
-# %% ../../nbs/ehr/importing.ipynb #3be7dec3
-SHARD_BYTES, FLUSH, FLUSH_BYTES = 192 << 20, 1_000_000, 128 << 20       # uncompressed bytes of export behind a shard; rows and bytes held before they are written
-CODES = dict(file=pl.UInt16, key=pl.UInt32, code=pl.String, kind=pl.String, unit=pl.String, name=pl.String, concept=pl.String, n=pl.Int64, numbers=pl.Int64)
+# %% ../../nbs/ehr/importing.ipynb #3222cc22
+SHARD_BYTES, FLUSH, FLUSH_BYTES, BATCH = 192 << 20, 1_000_000, 128 << 20, 4 << 20       # uncompressed bytes of export behind a shard; rows and bytes held before they are written; bytes of small files that are read together
+CODES = dict(batch=pl.UInt32, key=pl.UInt32, code=pl.String, kind=pl.String, unit=pl.String, name=pl.String, concept=pl.String, n=pl.Int64, numbers=pl.Int64)
 _SWELL = {"parquet": 6, "duckdb": 4}
 
 def _plain_bytes(tables: list) -> list:
@@ -144,54 +146,67 @@ def _plain_bytes(tables: list) -> list:
     return [t.path.stat().st_size * (8 if t.path.suffix == ".gz" else _SWELL.get(t.reader, 1)) // share[t.path] for t in tables]
 
 class _Parts:
-    "Writes the events of one file, by shard; codes are written once, and each event holds the number of its code"
+    "Writes the events of one batch of files, by shard; codes are written once, and each event holds the number of its code"
     def __init__(self, folder: Path, number: int, shards: int): self.folder, self.number, self.shards, self.held, self.rows, self.bytes, self.flushed, self.codes = folder, number, shards, [], 0, 0, 0, {}
-    def add(self, events: pl.DataFrame):
+    def add(self, events: pl.DataFrame, file: int):
         found = events.group_by("code", "kind", "unit").agg(pl.col("name", "concept").max(), n=pl.len(), numbers=pl.col("numeric_value").count()); keys = []
         for code, kind, unit, name, concept, n, numbers in found.iter_rows():
             c = self.codes.setdefault((code, kind, unit), [len(self.codes), name, concept, 0, 0]); keys.append(c[0])
             c[1], c[2], c[3], c[4] = c[1] or name, c[2] or concept, c[3] + n, c[4] + numbers
-        events = events.join(found.select("code", "kind", "unit", key=pl.Series(keys, dtype=pl.UInt32)), on=["code", "kind", "unit"], how="left", nulls_equal=True, maintain_order="left").drop("code", "kind", "unit", "name", "concept")
+        events = events.join(found.select("code", "kind", "unit", key=pl.Series(keys, dtype=pl.UInt32)), on=["code", "kind", "unit"], how="left", nulls_equal=True, maintain_order="left").drop("code", "kind", "unit", "name", "concept").with_columns(file=pl.lit(file, dtype=pl.UInt32))
         self.held.append(events); self.rows += len(events); self.bytes += events.estimated_size()
         if self.rows >= FLUSH or self.bytes >= FLUSH_BYTES: self.flush()
     def flush(self):
         if not self.rows: return
-        events = pl.concat(self.held).with_columns(file=pl.lit(self.number, dtype=pl.UInt16), shard=(pl.col("subject_id").abs() % self.shards).cast(pl.Int32))
+        events = pl.concat(self.held).with_columns(batch=pl.lit(self.number, dtype=pl.UInt32), shard=(pl.col("subject_id").abs() % self.shards).cast(pl.Int32))
         for (shard,), part in (events.partition_by("shard", as_dict=True, include_key=False) if self.shards > 1 else {(0,): events.drop("shard")}).items():
             part.write_parquet(self.folder / f"{shard:05}" / f"{self.number:05}-{self.flushed:05}.parquet", compression="lz4")
         self.held, self.rows, self.bytes, self.flushed = [], 0, 0, self.flushed + 1
     def counted(self) -> pl.DataFrame:
         return pl.DataFrame([(self.number, c[0], *code, *c[1:]) for code, c in self.codes.items()], schema=CODES, orient="row")
 
+# %% ../../nbs/ehr/importing.ipynb #9894f235
 def _read(format: Format, table: Table, damage: Damage):
     "The blocks of a file"
     if format.read: return format.read(table, damage)
     return scan_lines(table, damage) if table.reader == "ndjson" else scan(table, format.columns.get(table.name), damage)
 
+# %% ../../nbs/ehr/importing.ipynb #67fa9471
 class _Rejects:
-    "Writes the rejects of one file, and counts them"
+    "Writes the rejects of one batch of files, and counts them"
     def __init__(self, folder: Path, number: int): self.folder, self.number, self.held, self.rows, self.flushed, self.counts, self.lost = folder, number, [], 0, 0, [], 0
-    def add(self, rejects: pl.DataFrame):
+    def add(self, rejects: pl.DataFrame, file: int):
         if not len(rejects): return
-        self.held.append(rejects); self.rows += len(rejects)
-        self.counts.append(rejects.group_by("rule", "action").len("records")); self.lost += rejects.filter(pl.col("action") == "dropped")["line"].n_unique()
+        rejects = rejects.select(pl.lit(file, dtype=pl.UInt32).alias("file"), "line", "rule", "action"); self.held.append(rejects); self.rows += len(rejects)
+        self.counts.append(rejects.group_by("file", "rule", "action").len("records")); self.lost += rejects.filter(pl.col("action") == "dropped")["line"].n_unique()
         if self.rows >= FLUSH: self.flush()
     def flush(self):
-        if self.held: _write(pl.concat(self.held).select(pl.lit(self.number, dtype=pl.UInt16).alias("file"), "line", "rule", "action"), self.folder / f"{self.number:05}-{self.flushed:05}.parquet")
+        if self.held: _write(pl.concat(self.held), self.folder / f"{self.number:05}-{self.flushed:05}.parquet")
         self.held, self.rows, self.flushed = [], 0, self.flushed + 1
-    def counted(self) -> list: return pl.concat(self.counts).group_by("rule", "action", maintain_order=True).agg(pl.col("records").sum()).rows() if self.counts else []
+    def counted(self) -> list: return pl.concat(self.counts).group_by("file", "rule", "action").agg(pl.col("records").sum()).sort("file", "rule", "action").rows() if self.counts else []
 
-def _stage(format: Format, table: Table, number: int, work: Path, plan: dict, lookups: dict, now: datetime) -> dict:
-    "Turn one file into parts; its counts"
+# %% ../../nbs/ehr/importing.ipynb #1a3012f1
+def _batches(sizes: list) -> list:
+    "Places of the files, in order; small neighbours are read together, because thousands of small Bundles would make millions of part files"
+    out, room = [], 0
+    for i, size in enumerate(sizes):
+        if room < size: out.append([]); room = BATCH
+        out[-1].append(i); room -= size
+    return out
+
+def _stage(format: Format, tables: list, files: list, number: int, work: Path, plan: dict, lookups: dict, now: datetime) -> dict:
+    "Turn one batch of files into parts; its counts"
     for left in [*(work / "parts").glob(f"*/{number:05}-*.parquet"), *(work / "rejects").glob(f"{number:05}-*.parquet")]: left.unlink()        # of a run that was killed
-    parts, rejects, damage, records, made = _Parts(work / "parts", number, plan["shards"]), _Rejects(work / "rejects", number), Damage(), 0, 0
-    for block in _read(format, table, damage):
-        lines = _lines(block); events, told = _settle(format.events(table.name, block, lookups), lines, lookups.get("subjects"), None if plan["shifted"] else now)
-        parts.add(events); rejects.add(pl.concat([told, damage.take()])); records += len(lines); made += len(events)
-    rejects.add(damage.take()); parts.flush(); rejects.flush(); counts = rejects.counted()
-    done = dict(records=records + sum(n for rule, _, n in counts if rule == ROW_RULE), events=made, lost=rejects.lost, counts=counts)
-    _write(parts.counted(), work / "codes" / f"{number:05}.parquet")
-    _write_json(done, work / "done" / f"{number:05}.json"); return done
+    parts, rejects, read = _Parts(work / "parts", number, plan["shards"]), _Rejects(work / "rejects", number), []
+    for i in files:
+        damage, records, made = Damage(), 0, 0
+        for block in _read(format, tables[i], damage):
+            lines = _lines(block); events, told = _settle(format.events(tables[i].name, block, lookups), lines, lookups.get("subjects"), None if plan["shifted"] else now)
+            damaged = damage.take(); parts.add(events, i); rejects.add(pl.concat([told, damaged]), i); records += len(lines) + (damaged["rule"] == ROW_RULE).sum(); made += len(events)
+        damaged = damage.take(); rejects.add(damaged, i); read.append((i, records + int((damaged["rule"] == ROW_RULE).sum()), made))
+    parts.flush(); rejects.flush(); _write(parts.counted(), work / "codes" / f"{number:05}.parquet")
+    done = dict(files=read, lost=rejects.lost, counts=rejects.counted()); _write_json(done, work / "done" / f"{number:05}.json")
+    return done
 
 def _write(frame: pl.DataFrame, path: Path):
     "Write a Parquet file that is whole or not there"
@@ -200,10 +215,10 @@ def _write(frame: pl.DataFrame, path: Path):
 def _write_json(value, path: Path):
     path.with_suffix(".tmp").write_text(json.dumps(value, indent=1, default=str), encoding="utf-8"); os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../../nbs/ehr/importing.ipynb #cf273684
+# %% ../../nbs/ehr/importing.ipynb #b7031440
 def _meaning(format: Format, staged: pl.DataFrame, lookups: dict) -> pl.DataFrame:
     "One row per staged (code, kind, unit): new code, description, concept, unit, factor, offset, n, numbers"
-    m = staged.sort("n", "file", "key", descending=[True, False, False]).group_by("code", "kind", "unit", maintain_order=True).agg(pl.col("name", "concept").drop_nulls().first(), pl.col("n", "numbers").sum())
+    m = staged.sort("n", "batch", "key", descending=[True, False, False]).group_by("code", "kind", "unit", maintain_order=True).agg(pl.col("name", "concept").drop_nulls().first(), pl.col("n", "numbers").sum())
     none = lambda c: pl.lit(None, dtype=pl.String).alias(c)
     if format.names:
         names = format.names(m.select("code", "kind", "unit", "name"), lookups)
@@ -220,6 +235,7 @@ def _meaning(format: Format, staged: pl.DataFrame, lookups: dict) -> pl.DataFram
     m = m.join(factors, on=["concept", "ucum"], how="left", nulls_equal=True, maintain_order="left")
     return m.with_columns(final_unit=pl.when(pl.col("factor").is_not_null()).then("std").otherwise("ucum")).drop("std", "name", "new_unit")
 
+# %% ../../nbs/ehr/importing.ipynb #48bff384
 def _unit_table(m: pl.DataFrame) -> pl.DataFrame:
     "Units of measurements: code, description, concept, source_unit, unit, n (numbers), converted, conflict"
     u = m.filter(pl.col("kind").is_in(["lab", "vital"]) & (pl.col("numbers") > 0)).with_columns(converted=pl.col("factor").is_not_null() & ((pl.col("factor") != 1) | (pl.col("offset") != 0)))
@@ -229,21 +245,21 @@ def _unit_table(m: pl.DataFrame) -> pl.DataFrame:
     return u.with_columns(conflict=several | wrong).select("description", "concept", "n", "converted", "conflict", code="new_code", source_unit="unit", unit="final_unit").select(
         "code", "description", "concept", "source_unit", "unit", "n", "converted", "conflict").sort("code", "n", descending=[False, True])
 
-# %% ../../nbs/ehr/importing.ipynb #cba9ca75
+# %% ../../nbs/ehr/importing.ipynb #baf008c3
 _FINAL = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float32, "text_value": pl.String, "hadm_id": pl.Int64, "known_time": pl.Datetime("us"), "unit": pl.String, "kind": pl.String}
 _SAME = ["subject_id", "time", "meaning", "numeric_value", "text_value", "hadm_id"]
 
 def _numbered_meaning(staged: pl.DataFrame, m: pl.DataFrame) -> tuple:
-    "What each number of a code in each file stands for, and the codes by the number of their meaning"
+    "What each number of a code in each batch stands for, and the codes by the number of their meaning"
     m = m.with_columns(meaning=pl.struct("new_code", "final_unit", "kind").rank("dense").cast(pl.UInt32))
-    keys = staged.select("file", "key", "code", "kind", "unit").join(m.select("code", "kind", "unit", "meaning", "factor", "offset"), on=["code", "kind", "unit"], nulls_equal=True)
-    return keys.select("file", "key", "meaning", "factor", "offset"), m.select("meaning", code="new_code", unit="final_unit", kind="kind").unique("meaning")
+    keys = staged.select("batch", "key", "code", "kind", "unit").join(m.select("code", "kind", "unit", "meaning", "factor", "offset"), on=["code", "kind", "unit"], nulls_equal=True)
+    return keys.select("batch", "key", "meaning", "factor", "offset"), m.select("meaning", code="new_code", unit="final_unit", kind="kind").unique("meaning")
 
 def _shard(work: Path, number: int, keys: pl.DataFrame, codes: pl.DataFrame) -> None:
     "Write one shard"
     paths = sorted((work / "parts" / f"{number:05}").glob("*.parquet"))
-    parts = pl.concat([pl.read_parquet(p) for p in paths]) if paths else pl.DataFrame(schema={c: t for c, t in STAGED.items() if c in _FINAL and c not in ("code", "unit", "kind")} | {"line": pl.UInt32, "key": pl.UInt32, "file": pl.UInt16})
-    events = parts.join(keys, on=["file", "key"], how="left").drop("key").with_columns(numeric_value=pl.when(pl.col("factor").is_not_null()).then(pl.col("numeric_value") * pl.col("factor") + pl.col("offset")).otherwise("numeric_value").cast(pl.Float32)).drop("factor", "offset")
+    parts = pl.concat([pl.read_parquet(p) for p in paths]) if paths else pl.DataFrame(schema={c: t for c, t in STAGED.items() if c in _FINAL and c not in ("code", "unit", "kind")} | {"line": pl.UInt32, "key": pl.UInt32, "file": pl.UInt32, "batch": pl.UInt32})
+    events = parts.join(keys, on=["batch", "key"], how="left").drop("batch", "key").with_columns(numeric_value=pl.when(pl.col("factor").is_not_null()).then(pl.col("numeric_value") * pl.col("factor") + pl.col("offset")).otherwise("numeric_value").cast(pl.Float32)).drop("factor", "offset")
     events = events.sort("subject_id", "time", "known_time", "file", "line", nulls_last=False, maintain_order=True).with_row_index("row")     # of repeated events, the one known first stays
     first = events.select("row", *_SAME).unique(_SAME, keep="first", maintain_order=True)["row"]
     if len(first) < len(events):
@@ -311,7 +327,7 @@ class ImportReport:
         if not (folder / "report.json").is_file(): raise DataError(f"{Path(target).name!r} holds no report of an import. Only `clinllm data import` writes one.")
         return cls(Path(target), json.loads((folder / "report.json").read_text(encoding="utf-8")), *(pl.read_parquet(folder / f"{n}.parquet") for n in ("files", "counts", "units")))
 
-# %% ../../nbs/ehr/importing.ipynb #0f48e843
+# %% ../../nbs/ehr/importing.ipynb #ab647b56
 def _plan(format: Format, tables: list, source: Path, seed: int, more: dict) -> dict:
     size = sum(_plain_bytes(tables))
     return dict(format=format.name, seed=seed, shards=max(1, math.ceil(size / SHARD_BYTES)), shifted=format.shifted, **more,
@@ -329,13 +345,14 @@ def _start(work: Path, plan: dict) -> dict:
 
 def _check_tolerance(work: Path, tolerance: float, done: list) -> None:
     "Stop where too much would be lost"
-    lost, records, dropped = sum(d["lost"] for d in done), sum(d["records"] for d in done), {}
-    for rule, action, n in (c for d in done for c in d["counts"]):
+    lost, records, dropped = sum(d["lost"] for d in done), sum(n for d in done for _, n, _ in d["files"]), {}
+    for _, rule, action, n in (c for d in done for c in d["counts"]):
         if action == "dropped": dropped[rule] = dropped.get(rule, 0) + n
     if lost > tolerance * max(1, records):
         most = "; ".join(f"{rule}: {n:,}" for rule, n in sorted(dropped.items(), key=lambda x: -x[1])[:4])
         raise DataError(f"{lost / max(1, records):.1%} of {records:,} records would be lost, more than the tolerance of {tolerance:.1%} ({most}). Mend the export, or pass a higher tolerance if the loss is meant. The rejects with file and line are in {work.name}/rejects.")
 
+# %% ../../nbs/ehr/importing.ipynb #d90ed0d0
 def run_import(format: Format,              # what the files are
                path,                        # the export: a folder or a file
                target,                      # folder to make; it may not exist yet
@@ -365,7 +382,7 @@ def run_import(format: Format,              # what the files are
     shutil.rmtree(work, ignore_errors=True); Path(lock.lock_file).unlink(missing_ok=True)
     return ImportReport.read(target)
 
-# %% ../../nbs/ehr/importing.ipynb #cc340ef9
+# %% ../../nbs/ehr/importing.ipynb #bb87b86f
 def _run(format, tables, work, plan, tolerance, progress, began):
     "Both passes and the metadata, into work/out"
     lookups = format.prepare(tables); done = _stage_all(format, tables, work, plan, lookups, progress); _check_tolerance(work, tolerance, done)
@@ -375,29 +392,30 @@ def _run(format, tables, work, plan, tolerance, progress, began):
     _finish(format, work, plan, done, meaning, lookups, began)
 
 def _stage_all(format, tables, work, plan, lookups, progress) -> list:
-    "The counts of every file; files that are done are not read again"
-    mark, now, done, sizes = lambda i: work / "done" / f"{i:05}.json", datetime.now() + timedelta(days=1), [], _plain_bytes(tables)
+    "The counts of every batch of files; those that are done are not read again"
+    mark, now, done, sizes = lambda k: work / "done" / f"{k:05}.json", datetime.now() + timedelta(days=1), [], _plain_bytes(tables)
     with tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="reading", disable=not progress) as bar:
-        for i, table in enumerate(tables):
-            bar.set_postfix_str(table.name)
-            done.append(json.loads(mark(i).read_text(encoding="utf-8")) if mark(i).is_file() else _stage(format, table, i, work, plan, lookups, now)); bar.update(sizes[i])
-            late = sum(n for rule, _, n in done[-1]["counts"] if rule == LATE)
-            if not plan["shifted"] and late > 10 and late > done[-1]["events"]: break          # dates were shifted on purpose: begin anew without that rule
+        for k, files in enumerate(_batches(sizes)):
+            bar.set_postfix_str(tables[files[0]].name)
+            done.append(json.loads(mark(k).read_text(encoding="utf-8")) if mark(k).is_file() else _stage(format, tables, files, k, work, plan, lookups, now)); bar.update(sum(sizes[i] for i in files))
+            late = sum(n for _, rule, _, n in done[-1]["counts"] if rule == LATE)
+            if not plan["shifted"] and late > 10 and late > sum(e for _, _, e in done[-1]["files"]): break          # dates were shifted on purpose: begin anew without that rule
         else: return done
     plan["shifted"] = True; _write_json(plan, work / "plan.json")
-    for i in range(len(tables)): mark(i).unlink(missing_ok=True)
+    for left in (work / "done").glob("*.json"): left.unlink()
     return _stage_all(format, tables, work, plan, lookups, progress)
 
+# %% ../../nbs/ehr/importing.ipynb #548b324a
 def _finish(format, work, plan, done, meaning, lookups, began):
     "Codes, splits, dataset description and report"
     out = work / "out"; codes = _code_table(meaning)
     pq.write_table(meds.CodeMetadataSchema.align(codes.to_arrow()), out / meds.code_metadata_filepath)
     patients = _split_subjects(work, plan["seed"], plan["validation"], plan["test"], lookups.get("splits"))
-    paths = sorted((work / "rejects").glob("*.parquet")); rejects = dict(file=pl.UInt16, line=pl.UInt32, rule=pl.String, action=pl.String)
+    paths = sorted((work / "rejects").glob("*.parquet")); rejects = dict(file=pl.UInt32, line=pl.UInt32, rule=pl.String, action=pl.String)
     (pl.scan_parquet(paths) if paths else pl.LazyFrame(schema=rejects)).sink_parquet(out / "import" / "rejects.parquet", compression="zstd")
-    counts = pl.DataFrame([(i, *c) for i, d in enumerate(done) for c in d["counts"]], schema=dict(file=pl.UInt16, rule=pl.String, action=pl.String, records=pl.Int64), orient="row")
+    counts = pl.DataFrame([c for d in done for c in d["counts"]], schema=dict(file=pl.UInt32, rule=pl.String, action=pl.String, records=pl.Int64), orient="row")
     counts = pl.concat([counts, *(pl.read_parquet(p).group_by("file", "rule", "action").agg(records=pl.len().cast(pl.Int64)) for p in paths if p.name.startswith("shard"))]).group_by("file", "rule", "action").agg(pl.col("records").sum()).sort("file", "rule")
-    files = pl.DataFrame([(i, f[0], f[1], d["records"], d["events"]) for i, (f, d) in enumerate(zip(plan["files"], done))], schema=dict(number=pl.UInt16, file=pl.String, table=pl.String, records=pl.Int64, events=pl.Int64), orient="row")
+    files = pl.DataFrame([(i, *plan["files"][i][:2], n, made) for d in done for i, n, made in d["files"]], schema=dict(number=pl.UInt32, file=pl.String, table=pl.String, records=pl.Int64, events=pl.Int64), orient="row")
     units = _unit_table(meaning)
     for name, frame in dict(files=files, counts=counts, units=units).items(): frame.write_parquet(out / "import" / f"{name}.parquet", compression="zstd")
     count = dict(counts.group_by("action").agg(pl.col("records").sum()).iter_rows()); records, events = files["records"].sum(), sum(pq.read_metadata(p).num_rows for p in (out / "data").glob("*.parquet"))
