@@ -90,21 +90,28 @@ def test_reports_are_repeatable_and_blind_to_other_splits(hospital, cohort):
 
 # --- clocks ---------------------------------------------------------------------------------------------------------------------
 
-def first_return(timeline, cohort):
-    "A training row with a later stay: subject, prediction time, hadm_id, and the later stay's hadm_id"
-    f = cohort.of("train").frame; r = f[(f["label"] == 1)].iloc[0]
-    later = timeline.events.filter((pl.col("subject_id") == r["subject_id"]) & pl.col("code").str.starts_with("HOSPITAL_ADMISSION") & (pl.col("time") > r["prediction_time"]))
-    return int(r["subject_id"]), r["prediction_time"].to_pydatetime(), int(r["hadm_id"]), int(later["hadm_id"][0])
+def returns(timeline, cohort, n=6):
+    "Training rows of different patients with a later stay: subject, prediction time, hadm_id, and the later stay's hadm_id"
+    f = cohort.of("train").frame; out = []
+    for r in f[f["label"] == 1].drop_duplicates("subject_id").head(n).itertuples():
+        later = timeline.events.filter((pl.col("subject_id") == r.subject_id) & pl.col("code").str.starts_with("HOSPITAL_ADMISSION") & (pl.col("time") > r.prediction_time))
+        out.append((int(r.subject_id), r.prediction_time.to_pydatetime(), int(r.hadm_id), int(later["hadm_id"][0])))
+    return out
 
 def test_each_contradiction_is_named(hospital, cohort):
-    s, at, stay, later = first_return(hospital, cohort); hour = timedelta(hours=1)
-    found = lambda t, c=cohort: set(leakage_report(t, c).flagged[["level", "check", "family"]].itertuples(index=False, name=None))
-    assert found(add(hospital, (s, at - hour, "DIAGNOSIS//ICD10CM//I50.9", dict(hadm_id=later)))) == {("impossible", "belongs to a later stay", "diagnosis ICD10CM")}
-    assert found(add(hospital, (s, datetime(1890, 1, 1), "LAB//sodium//mmol/L", {}))) == {("impossible", "before birth", "lab")}
-    dead = add(hospital, (s, at - timedelta(days=2), "MEDS_DEATH", {}), (s, at - hour, "LAB//sodium//mmol/L", dict(hadm_id=stay)))
-    assert ("impossible", "after death", "lab") in found(dead)
+    rows, hour = returns(hospital, cohort), timedelta(hours=1)
+    found = lambda t, c=cohort: set(leakage_report(t, c).findings.query("level == 'impossible'")[["check", "family"]].itertuples(index=False, name=None))
+    assert found(add(hospital, *[(s, at - hour, "DIAGNOSIS//ICD10CM//I50.9", dict(hadm_id=later)) for s, at, _, later in rows])) == {("belongs to a later stay", "diagnosis ICD10CM")}
+    assert found(add(hospital, *[(s, datetime(1890, 1, 1), "LAB//sodium//mmol/L", {}) for s, *_ in rows])) == {("before birth", "lab")}
+    dead = add(hospital, *[(s, at - timedelta(days=2), "MEDS_DEATH", {}) for s, at, *_ in rows], *[(s, at - hour, "LAB//sodium//mmol/L", dict(hadm_id=stay)) for s, at, stay, _ in rows])
+    assert ("after death", "lab") in found(dead)
     early = Cohort(cohort.frame.assign(outcome_time=cohort.frame["prediction_time"] - pd.Timedelta(hours=1)), cohort.task)
-    assert ("impossible", "outcome before the prediction", "") in found(hospital, early)
+    assert ("outcome before the prediction", "") in found(hospital, early)
+
+def test_a_stray_record_is_a_question(hospital, cohort):
+    s, at, _, later = returns(hospital, cohort, 1)[0]
+    r = leakage_report(add(hospital, (s, at - timedelta(hours=1), "MEDICATION//heparin", dict(hadm_id=later))), cohort)
+    assert r.ok and r.findings.query("check == 'belongs to a later stay'")[["level", "n"]].values.tolist() == [["question", 1]]
 
 def test_questions_are_asked_and_answered_by_known_time(hospital, cohort):
     asked = leakage_report(hospital, cohort).findings

@@ -180,24 +180,25 @@ def outcome_times(timeline: Timeline,   # patients
     came = rows.join_asof(hits, left_on="at", right_on="came", by="subject_id", strategy="forward", check_sortedness=False).sort("row")["came"].to_pandas()
     return came.set_axis(f.index).where(f["label"] == 1)
 
-# %% ../../nbs/ehr/leakage.ipynb #918a0b28
+# %% ../../nbs/ehr/leakage.ipynb #670d4a19
 BILLED = ("diagnosis", "procedure")
 _NOT_CLINICAL = ["END_OF_FOLLOWUP", "MEDS_BIRTH", "MEDS_DEATH"]
 
-def _time_checks(known, timeline, cohort):
+def _time_checks(known, timeline, cohort, few):
     "Lines (level, check, family, code, n, advice) of the checks that read the clock"
     at, out = pl.col("prediction_time"), []
-    def add(level, check, part, advice):
-        out.extend((level, check, family, "", n, advice) for family, n in part.group_by("family").len().sort("family").iter_rows())
-    add("impossible", "after the prediction", known.filter(pl.max_horizontal("time", "known_time") > at), "The gate let a later record through: report a bug.")
+    def add(check, part, advice, few=few):
+        for family, n, patients in part.group_by("family").agg(pl.len(), patients=pl.col("subject_id").n_unique()).sort("family").iter_rows():
+            out.append(("impossible", check, family, "", n, advice) if patients >= few else ("question", check, family, "", n, "Stray records. " + advice))
+    add("after the prediction", known.filter(pl.max_horizontal("time", "known_time") > at), "The gate let a later record through: report a bug.", 1)
     begins = timeline.events.filter(pl.col("code").str.starts_with("HOSPITAL_ADMISSION") & pl.col("hadm_id").is_not_null()).group_by("subject_id", "hadm_id").agg(begins=pl.col("time").min())
     later = known.join(begins, on=["subject_id", "hadm_id"], how="inner").filter(pl.col("begins") > at)
-    add("impossible", "belongs to a later stay", later, "The record carries the number of a stay that had not begun. Join by stay, not by patient alone.")
+    add("belongs to a later stay", later, "The record carries the number of a stay that had not begun. Join by stay, not by patient alone.")
     life = timeline.events.filter(pl.col("code").is_in(["MEDS_BIRTH", "MEDS_DEATH"])).group_by("subject_id").agg(
         birth=pl.col("time").filter(pl.col("code") == "MEDS_BIRTH").min(), death=pl.col("time").filter(pl.col("code") == "MEDS_DEATH").min())
     lived = known.filter(~pl.col("code").is_in(_NOT_CLINICAL)).join(life, on="subject_id", how="left")
-    add("impossible", "before birth", lived.filter(pl.col("time") < pl.col("birth")), "Check the birth dates and the unit of the times.")
-    add("impossible", "after death", lived.filter(pl.col("time") > pl.col("death") + timedelta(days=1)), "A record more than a day after death: check the death dates and late postings.")
+    add("before birth", lived.filter(pl.col("time") < pl.col("birth")), "Check the birth dates and the unit of the times.")
+    add("after death", lived.filter(pl.col("time") > pl.col("death") + timedelta(days=1)), "A record more than a day after death: check the death dates and late postings.")
     came = outcome_times(timeline, cohort)
     if came is not None and (early := int((came <= cohort.frame["prediction_time"]).sum())):
         out.append(("impossible", "outcome before the prediction", "", "", early, "The question is asked after it is answered. Check the cohort."))
@@ -248,7 +249,7 @@ class LeakageReport:
         said = "no leak found" if self.ok else f"{len(self.flagged)} findings" + (f" in {who}" if who else "")
         return f"LeakageReport({self.source}: {said}; {questions} questions; {self.n:,} training predictions of {self.patients:,} patients, {self.positives:,} positive)"
 
-# %% ../../nbs/ehr/leakage.ipynb #ff1d3d36
+# %% ../../nbs/ehr/leakage.ipynb #8a4900f4
 def _report_html(self):
     "Findings as a table, families below it"
     table = lambda df: df.to_html(index=False, border=0, na_rep="–", float_format=lambda v: f"{v:.3g}")
@@ -264,10 +265,11 @@ def _report_figure(self, ax=None):
     for i, r in enumerate(f.itertuples()):
         ax.errorbar(r.auroc, i, xerr=[[r.auroc - r.low], [r.high - r.auroc]], fmt="D" if r.flag else "o", color=red if r.flag else blue, capsize=3)
     ax.axvline(self.threshold, color="0.4", ls="--", lw=1); ax.text(self.threshold, len(f) - .4, f"{self.threshold:.2f}", ha="center", fontsize=9, color="0.3")
+    if len(f) >= 4 and (m := f["auroc"].median() + self.margin) < self.threshold: ax.axvline(m, color="0.6", ls=":", lw=1); ax.text(m, len(f) - .4, f"median + {self.margin:g}", ha="center", fontsize=9, color="0.4")
     ax.axvline(.5, color="0.8", lw=1)
     bad = [r.family for r in f.itertuples() if r.flag]
     ax.set(yticks=range(len(f)), yticklabels=f["family"], ylim=(-.6, len(f) - .1), xlim=(min(.35, f["low"].min() - .02 if len(f) else .35), 1.01), xlabel="AUROC of the family alone (95% interval over patients)",
-           title=f"{', '.join(bad)} know{'s' if len(bad) == 1 else ''} too much" if bad else "No family of codes predicts the outcome implausibly well")
+           title=f"{' and '.join(bad)} know{'s' if len(bad) == 1 else ''} too much" if bad else "No family of codes predicts the outcome implausibly well", axisbelow=True)
     ax.spines[["top", "right"]].set_visible(False); return ax
 
 LeakageReport._repr_html_, LeakageReport.figure = _report_html, _report_figure
@@ -315,7 +317,7 @@ def _withhold(findings):
     f.loc[small, "advice"] = f"Fewer than {SMALLEST_CELL}: count withheld. " + f.loc[small, "advice"]
     return f
 
-# %% ../../nbs/ehr/leakage.ipynb #55b7dd1c
+# %% ../../nbs/ehr/leakage.ipynb #d63f011a
 def leakage_report(timeline: Timeline,              # patients
                    cohort: Cohort,                  # predictions; only its training rows are looked at
                    seed: int = 42,                  # seed of the folds and of the row drawn per patient, >= 0
@@ -336,7 +338,7 @@ def leakage_report(timeline: Timeline,              # patients
         train = Cohort(train.frame[train.frame["subject_id"].isin(np.random.default_rng(seed).choice(who, most, replace=False))], train.task, train.flow)
         remarks.append(f"{most:,} of {len(who):,} training patients were looked at.")
     known, rows = _known(timeline, train)
-    lines = [(*line[:5], *[np.nan] * 4, line[5]) for line in [*_time_checks(known, timeline, train), *_question_checks(known, rows, timeline, train, few)]]
+    lines = [(*line[:5], *[np.nan] * 4, line[5]) for line in [*_time_checks(known, timeline, train, few), *_question_checks(known, rows, timeline, train, few)]]
     table, enough = _family_table(known, rows, seed, 10)
     table["held_back"] = table["family"].map(_held_back(timeline, train)).fillna(0).astype(int)
     table["flag"] = (table["low"] > threshold) | ((table["auroc"].notna().sum() >= 4) & (table["low"] > table["median_of_others"] + margin))
