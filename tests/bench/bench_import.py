@@ -1,6 +1,6 @@
 """Imports: clinllm against the nearest peers, on the same files, in turn, each in processes of its own.
 
-python tests/bench/bench_import.py [--patients 1000,10000] [--ours-only 100000] [--rounds 2] [--cap 600] [--peers all|none|name,name]
+python tests/bench/bench_import.py [--patients 1000,10000] [--ours-only 100000] [--rounds 2] [--cap 600] [--peers all|none|name,name] [--demos yes|no] [--name import]
 
 Prints a table per export and leaves data/cache/bench/import.json and import.png. Peers cannot live beside polars 2, so each gets an environment below
 data/cache/bench-peers, made with venv and pip on the first run (PyHealth brings torch: several GB); one that does not install is left out with the reason.
@@ -195,7 +195,7 @@ def demos() -> list:
     "The open demos at hand: name, format, folder"
     found = []
     if (DATA / "eicu-demo").is_dir():
-        found.append(("eICU demo, shared tables", "eicu-shared", linked("eicu-shared", {f"{t}.csv.gz": DATA / "eicu-demo" / f"{t}.csv.gz" for t in ("patient", *EICU_TABLES)})))
+        found.append(("eICU demo, shared tables", "eicu-shared", linked("eicu-shared", {f"{t}.csv.gz".replace("dx", "Dx"): DATA / "eicu-demo" / f"{t}.csv.gz" for t in ("patient", *EICU_TABLES)})))
         found.append(("eICU demo, all tables", "eicu", DATA / "eicu-demo"))
     tiny = DATA / "mimic4-demo-tinyehr"
     if tiny.is_dir():
@@ -251,7 +251,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--patients", default="1000,10000", help="sizes for all contenders"); p.add_argument("--ours-only", default="100000", help="sizes for clinllm alone; empty for none")
     p.add_argument("--rounds", type=int, default=2); p.add_argument("--cap", type=float, default=600, help="seconds after which a run is stopped"); p.add_argument("--peers", default="all", help="all, none, or parts of names")
-    p.add_argument("--demos", default="yes", help="yes or no: also the open demos"); a = p.parse_args(); HOME.mkdir(parents=True, exist_ok=True)
+    p.add_argument("--demos", default="yes", help="yes or no: also the open demos"); p.add_argument("--name", default="import", help="name of the JSON and PNG"); a = p.parse_args(); HOME.mkdir(parents=True, exist_ok=True)
     who, left = [], {}
     for c in contenders():
         if c.env and a.peers != "all" and not any(w and w in c.name for w in a.peers.split(",")): continue
@@ -265,8 +265,8 @@ def main():
         if n: sizes[name] = n
         print(f"\n{name}", flush=True); got = compare(name, f, folder, rows, some, a.rounds, a.cap); results += got; show(name, got)
     about = dict(when=datetime.now().isoformat(timespec="seconds"), cores=CORES, machine=platform.processor() or platform.machine(), python=platform.python_version(), rounds=a.rounds, cap=a.cap, load=os.getloadavg()[0], left_out=left, results=results)
-    (HOME / "import.json").write_text(json.dumps(about, indent=1))
-    if sizes: draw(results, sizes, HOME / "import.png"); print(f"\nsaved: {(HOME / 'import.json').relative_to(ROOT)}, import.png")
+    (HOME / f"{a.name}.json").write_text(json.dumps(about, indent=1))
+    if sizes: draw(results, sizes, HOME / f"{a.name}.png"); print(f"\nsaved: {(HOME / a.name).relative_to(ROOT)}.json and .png")
 
 
 if __name__ == "__main__": main()
