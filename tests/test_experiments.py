@@ -43,3 +43,21 @@ def test_real_patients_give_wide_intervals(root, reports, tmp_path, shared_data)
     evidence = Evidence.read(reports / "multimodal_ehr" / "draft" / "evidence.parquet").frame
     auroc = evidence.query("metric == 'auroc' and variant == 'structured'").iloc[0]
     assert auroc["n"] < 150 and auroc["high"] - auroc["low"] > 0.15
+
+def test_data_report_counts_what_the_hospital_planted(root, reports, tmp_path):
+    from clinllm.ehr.hospital import make_hospital
+    execute(root, "data_report", tmp_path, **SMALL)
+    evidence = Evidence.read(reports / "data_report" / "draft" / "evidence.parquet").frame.set_index(["metric", "group"])["value"]
+    timeline = make_hospital(260, seed=42).timeline
+    assert evidence["patients", "all"] == 260 and evidence["events", "all"] == len(timeline)
+    assert evidence["note_words", "language: English"] > evidence["note_words", "language: Spanish"] + 5       # by design, see ehr/notes
+
+@pytest.mark.parametrize("format, folder, patients, outcome", [("mimic-iv", "mimic4-demo-tinyehr", 100, "readmission"), ("eicu", "eicu-demo", 1841, "mortality")])
+def test_an_import_runs_by_name(root, reports, tmp_path, shared_data, format, folder, patients, outcome):
+    from clinllm.ehr.sources import import_data
+    target = tmp_path / "data" / folder
+    report = import_data(format, shared_data / folder, str(target), load_settings(), progress=False)
+    assert report.about["patients"] == patients and report.table["records"].sum() == report.about["records"]
+    execute(root, "multimodal_ehr", tmp_path, data=str(target), n_boot=100)
+    predictions = Predictions.read(reports / "multimodal_ehr" / "draft" / "predictions.parquet")
+    assert set(predictions.variants) == {"structured", "notes", "late_fusion"} and len(predictions.on("test").of("structured")) > (400 if outcome == "mortality" else 40)

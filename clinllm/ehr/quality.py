@@ -12,7 +12,7 @@ from .rendering import known_events
 from .vocabulary import CONCEPTS, describe, with_meaning
 
 # %% auto #0
-__all__ = ['volume', 'repetitions', 'measured', 'documentation', 'note_lengths']
+__all__ = ['volume', 'repetitions', 'measured', 'ever_measured', 'documentation', 'note_lengths']
 
 # %% ../../nbs/ehr/quality.ipynb #e8910f29
 def volume(timeline: Timeline,      # any timeline
@@ -35,6 +35,14 @@ def measured(history: History,      # from `Timeline.until`
     found = pd.DataFrame(False, index=range(len(history)), columns=list(CONCEPTS))
     for row, concept in known.iter_rows(): found.loc[row, concept] = True
     return found[found.mean().sort_values(ascending=False, kind="stable").index]
+
+# %% ../../nbs/ehr/quality.ipynb #1f6ad9b2
+def ever_measured(timeline: Timeline,   # any timeline
+                  ) -> pd.Series:       # measurement → share of patients with at least one value, the most frequent first
+    "Which measurements a dataset holds at all, whether or not anybody can be asked about"
+    have = with_meaning(timeline.events.filter(pl.col("numeric_value").is_not_null()).select("subject_id", "code", "unit", "kind"), timeline.codes).filter(pl.col("concept").is_not_null() & (pl.col("low").is_not_null() | pl.col("high").is_not_null()))
+    share = have.group_by("concept").agg(share=pl.col("subject_id").n_unique() / len(timeline.subjects)).sort("share", "concept", descending=[True, False])
+    return pd.Series(share["share"].to_numpy(), index=share["concept"].to_list(), dtype=float)
 
 # %% ../../nbs/ehr/quality.ipynb #6d636455
 def documentation(history: History,     # from `Timeline.until`
