@@ -370,7 +370,7 @@ def label_table(cohort: Cohort,         # a cohort with the column `codes`
     table = pd.crosstab(many.index, many).clip(upper=1).reindex(cohort.frame.index, fill_value=0)
     return table.loc[:, table.sum() >= min_rows].rename_axis(index=None, columns=None)
 
-# %% ../../nbs/ehr/cohort.ipynb #9b9ee3d9
+# %% ../../nbs/ehr/cohort.ipynb #b50d424d
 def cohort_for(timeline: Timeline,      # patients
                settings,                # from `load_settings`; sections study and task
                task: str = "",          # a name, a YAML file from the project's root, or empty
@@ -378,4 +378,7 @@ def cohort_for(timeline: Timeline,      # patients
     "The cohort that an experiment asks about"
     t = settings["task"]; found = find_task(task or timeline.task or t["name"], settings.root)
     horizon = t["horizon_days"] if found is READMISSION_30D else None
-    return build_cohort(timeline, found, t["validation"], t["test"], settings["study"]["seed"], horizon, t["split_by"])
+    cohort = build_cohort(timeline, found, t["validation"], t["test"], settings["study"]["seed"], horizon, t["split_by"])
+    if cohort.frame["label"].nunique() < 2: raise DataError(f"all {len(cohort):,} cases of the task {found.name} have the same outcome in {timeline.source}, so nothing can be learned or judged. "
+        "Does this source record the outcome? (eICU, for one, has no true time between stays, so nobody is readmitted.) Choose another task.")
+    return cohort

@@ -135,8 +135,8 @@ def _settle(frames: list, lines: np.ndarray, subjects: pl.Series | None, latest:
 
 def _lines(block) -> np.ndarray: return block["line"].to_numpy().astype(np.int64) if isinstance(block, pl.DataFrame) else np.array([b[0] for b in block], dtype=np.int64)
 
-# %% ../../nbs/ehr/importing.ipynb #3222cc22
-SHARD_BYTES, FLUSH, FLUSH_BYTES, BATCH = 192 << 20, 1_000_000, 128 << 20, 4 << 20       # uncompressed bytes of export behind a shard; rows and bytes held before they are written; bytes of small files that are read together
+# %% ../../nbs/ehr/importing.ipynb #e93be14f
+SHARD_BYTES, FLUSH, FLUSH_BYTES, BATCH = 64 << 20, 500_000, 96 << 20, 4 << 20       # uncompressed bytes of export behind a shard; rows and bytes held before they are written; bytes of small files that are read together
 CODES = dict(batch=pl.UInt32, key=pl.UInt32, code=pl.String, kind=pl.String, unit=pl.String, name=pl.String, concept=pl.String, n=pl.Int64, numbers=pl.Int64)
 _SWELL = {"parquet": 6, "duckdb": 4}
 
@@ -245,7 +245,7 @@ def _unit_table(m: pl.DataFrame) -> pl.DataFrame:
     return u.with_columns(conflict=several | wrong).select("description", "concept", "n", "converted", "conflict", code="new_code", source_unit="unit", unit="final_unit").select(
         "code", "description", "concept", "source_unit", "unit", "n", "converted", "conflict").sort("code", "n", descending=[False, True])
 
-# %% ../../nbs/ehr/importing.ipynb #baf008c3
+# %% ../../nbs/ehr/importing.ipynb #40dd00b3
 _FINAL = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float32, "text_value": pl.String, "hadm_id": pl.Int64, "known_time": pl.Datetime("us"), "unit": pl.String, "kind": pl.String}
 _SAME = ["subject_id", "time", "meaning", "numeric_value", "text_value", "hadm_id"]
 
@@ -261,14 +261,15 @@ def _shard(work: Path, number: int, keys: pl.DataFrame, codes: pl.DataFrame) -> 
     parts = pl.concat([pl.read_parquet(p) for p in paths]) if paths else pl.DataFrame(schema={c: t for c, t in STAGED.items() if c in _FINAL and c not in ("code", "unit", "kind")} | {"line": pl.UInt32, "key": pl.UInt32, "file": pl.UInt32, "batch": pl.UInt32})
     events = parts.join(keys, on=["batch", "key"], how="left").drop("batch", "key").with_columns(numeric_value=pl.when(pl.col("factor").is_not_null()).then(pl.col("numeric_value") * pl.col("factor") + pl.col("offset")).otherwise("numeric_value").cast(pl.Float32)).drop("factor", "offset")
     events = events.sort("subject_id", "time", "known_time", "file", "line", nulls_last=False, maintain_order=True).with_row_index("row")     # of repeated events, the one known first stays
-    first = events.select("row", *_SAME).unique(_SAME, keep="first", maintain_order=True)["row"]
-    if len(first) < len(events):
-        twice = np.ones(len(events), dtype=bool); twice[first.to_numpy()] = False
+    maybe = events.select(_SAME).hash_rows().is_duplicated()        # equal rows hash alike, so only these need the exact look
+    first = events.filter(maybe).select("row", *_SAME).unique(_SAME, keep="first", maintain_order=True)["row"]
+    if len(first) < maybe.sum():
+        twice = maybe.to_numpy().copy(); twice[first.to_numpy()] = False
         _write(events.filter(pl.Series(twice)).select("file", "line", rule=pl.lit("event is a repetition"), action=pl.lit("duplicate")), work / "rejects" / f"shard-{number:05}.parquet")
         events = events.filter(pl.Series(~twice))
     events = events.join(codes, on="meaning", how="left", maintain_order="left")
     path = work / "out" / "data" / f"{number:05}.parquet"
-    pq.write_table(meds.DataSchema.align(events.select([pl.col(c).cast(t) for c, t in _FINAL.items()]).to_arrow()), path.with_suffix(".tmp"), compression="zstd")
+    pq.write_table(meds.DataSchema.align(events.select([pl.col(c).cast(t) for c, t in _FINAL.items()]).to_arrow()), path.with_suffix(".tmp"), compression="zstd", use_dictionary=["code", "unit", "kind", "text_value"])
     os.replace(path.with_suffix(".tmp"), path)
 
 # %% ../../nbs/ehr/importing.ipynb #60758711
