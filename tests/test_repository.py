@@ -56,3 +56,19 @@ def test_nothing_names_the_machine_it_was_made_on(root):
         if (p := root / name).suffix in {".ipynb", ".py", ".md", ".ini", ".toml", ".yml", ".yaml", ".cfg", ""} and p.is_file():
             found = private.search(p.read_text(encoding="utf-8", errors="ignore"))
             assert not found, f"{name} names {found.group()}"
+
+def test_no_module_imports_itself_by_a_detour(root):
+    files = {".".join(p.relative_to(root).with_suffix("").parts): p for p in (root / "clinllm").rglob("*.py") if p.name not in ("_modidx.py", "__init__.py")}
+    arrows = {}
+    for name, path in files.items():
+        found, room = set(), name.split(".")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join([*(room[:-node.level] if node.level else []), *([node.module] if node.module else [])])
+                found |= {base, *(f"{base}.{a.name}" for a in node.names)}
+        arrows[name] = {f for f in found if f in files and f != name}
+    assert sum(map(len, arrows.values())) > 50      # the test sees arrows at all
+    while ends := [n for n, to in arrows.items() if not to & set(arrows)]:
+        for n in ends: del arrows[n]
+    assert not arrows, f"these import each other in a circle: {sorted(arrows)}"

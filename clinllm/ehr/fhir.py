@@ -665,13 +665,13 @@ def _decoded_entries(data: bytes, url: str | None):
         for e in r.entry or (): yield from _decoded_entries(bytes(e.resource), e.fullUrl)
     else: yield r, url
 
-# %% ../../nbs/ehr/fhir.ipynb #972574fe
+# %% ../../nbs/ehr/fhir.ipynb #600f3f20
 def _keys(ids: list) -> np.ndarray: return pl.select(subject_key(pl.Series(ids, dtype=pl.String))).to_series().fill_null(_NONE).to_numpy() if ids else np.array([], dtype=np.int64)
 
 def _stays(encounters: dict, alias: dict) -> tuple:
     "Sorted keys of encounters, the stay that each belongs to, its end; and the ids of those inside another one's stay"
     resolve = lambda i: alias.get(i, i)
-    key, parent = np.concatenate([*encounters["keys"], np.array([], dtype=np.int64)]), np.full(len(encounters["stay"]), _NONE)
+    key = np.concatenate([*encounters["keys"], np.array([], dtype=np.int64)])
     order = np.argsort(key, kind="stable"); key = key[order]; end = np.frombuffer(encounters["end"], dtype=np.int64)[order]; own = np.frombuffer(encounters["stay"], dtype=bool)[order]
     inside = encounters["inside"]; child, above = _keys([resolve(c) for c, _ in inside]), _keys([resolve(p) for _, p in inside])
     def place(k): at = np.minimum(np.searchsorted(key, k), max(len(key) - 1, 0)); return at, (key[at] == k) if len(key) else np.zeros(len(k), dtype=bool)

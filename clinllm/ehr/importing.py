@@ -56,7 +56,7 @@ def subject_key(ids: pl.Expr,       # ids as strings
     other = pl.when(number.is_null()).then(clean)
     return pl.coalesce(number, other.map_batches(keys, return_dtype=pl.Int64))
 
-# %% ../../nbs/ehr/importing.ipynb #2e2b3374
+# %% ../../nbs/ehr/importing.ipynb #9bc209b8
 STAGED = {"subject_id": pl.Int64, "time": pl.Datetime("us"), "code": pl.String, "numeric_value": pl.Float64, "text_value": pl.String, "hadm_id": pl.Int64, "known_time": pl.Datetime("us"),
           "unit": pl.String, "kind": pl.String, "name": pl.String, "concept": pl.String, "line": pl.UInt32, "rule": pl.String, "noted": pl.String}
 REJECT = {"line": pl.UInt32, "rule": pl.String, "action": pl.String}
@@ -70,9 +70,7 @@ class Format(NamedTuple):
     prepare: Callable           # (tables) → dict of look-ups; "subjects" holds the ids of all patients, so that events of others are rejected; "splits" the splits that the source prescribes
     events: Callable            # (table name, block, look-ups) → list of frames made by `emit` and `reject`
     names: Callable | None = None   # (codes, look-ups) → code, new_code, description; resolves codes when all are known
-    units: Callable | None = None   # (units, look-ups) → unit, new_unit; likewise
     read: Callable | None = None    # (table, damage) → blocks, where the files are neither tables nor lines
-    columns: dict = {}          # table → columns that are needed; all where a table is not named
     task: str = ""              # the clinical question that such data can answer; "" leaves it to the settings
     shifted: bool = False       # dates were moved on purpose or are invented; found out where most lie in the future
     credit: str = ""            # what the licence asks to be said
@@ -115,17 +113,17 @@ def reject(block: pl.DataFrame,     # rows of a table with `line`
     "Rows of a table that make no event, and why"
     return (block if where is None else block.filter(where)).select(pl.col("line").cast(pl.UInt32), rule=pl.lit(rule), action=pl.lit(action))
 
-# %% ../../nbs/ehr/importing.ipynb #b9e29f6b
+# %% ../../nbs/ehr/importing.ipynb #5cc67d9b
 EARLIEST, LATE = datetime(1850, 1, 1), "time in the future"
 
 def _settle(frames: list, lines: np.ndarray, subjects: pl.Series | None, latest: datetime | None) -> tuple:
     "Events that hold, and rejects for all that do not; each line is in one of them"
     events = pl.concat([pl.DataFrame(schema=STAGED), *(f for f in frames if "code" in f.columns)])
     told = pl.concat([pl.DataFrame(schema=REJECT), *(f.select([pl.col(c).cast(t) for c, t in REJECT.items()]) for f in frames if "code" not in f.columns)])
-    far = pl.col("time") > latest if latest else pl.lit(False)
+    late = (pl.col("time") > latest).fill_null(False) if latest else pl.lit(False)
     stranger = ~pl.col("subject_id").is_in(subjects.implode()) if subjects is not None else pl.lit(False)
     events = events.with_columns(rule=pl.coalesce("rule", pl.when(stranger.fill_null(False)).then(pl.lit("patient is not in the export")).when((pl.col("time") < EARLIEST).fill_null(False)).then(pl.lit(f"time before {EARLIEST.year}"))
-        .when(pl.lit(False) if latest is None else far.fill_null(False)).then(pl.lit(LATE))))
+        .when(late).then(pl.lit(LATE))))
     bad, noted = events.filter(pl.col("rule").is_not_null()), events.filter(pl.col("rule").is_null() & pl.col("noted").is_not_null())
     rejects = [told, bad.select("line", "rule", action=pl.lit("dropped")), noted.select("line", rule="noted", action=pl.lit("kept"))]
     seen = np.zeros(int(lines.max()) + 1 if len(lines) else 0, dtype=bool)
@@ -166,11 +164,11 @@ class _Parts:
     def counted(self) -> pl.DataFrame:
         return pl.DataFrame([(self.number, c[0], *code, *c[1:]) for code, c in self.codes.items()], schema=CODES, orient="row")
 
-# %% ../../nbs/ehr/importing.ipynb #9894f235
+# %% ../../nbs/ehr/importing.ipynb #6291b0a1
 def _read(format: Format, table: Table, damage: Damage):
     "The blocks of a file"
     if format.read: return format.read(table, damage)
-    return scan_lines(table, damage) if table.reader == "ndjson" else scan(table, format.columns.get(table.name), damage)
+    return scan_lines(table, damage) if table.reader == "ndjson" else scan(table, damage=damage)
 
 # %% ../../nbs/ehr/importing.ipynb #67fa9471
 class _Rejects:
@@ -219,7 +217,7 @@ def _write(frame: pl.DataFrame, path: Path):
 def _write_json(value, path: Path):
     path.with_suffix(".tmp").write_text(json.dumps(value, indent=1, default=str), encoding="utf-8"); os.replace(path.with_suffix(".tmp"), path)
 
-# %% ../../nbs/ehr/importing.ipynb #b7031440
+# %% ../../nbs/ehr/importing.ipynb #bd0f0d3b
 def _meaning(format: Format, staged: pl.DataFrame, lookups: dict) -> pl.DataFrame:
     "One row per staged (code, kind, unit): new code, description, concept, unit, factor, offset, n, numbers"
     m = staged.sort("n", "batch", "key", descending=[True, False, False]).group_by("code", "kind", "unit", maintain_order=True).agg(pl.col("name", "concept").drop_nulls().first(), pl.col("n", "numbers").sum())
@@ -229,15 +227,13 @@ def _meaning(format: Format, staged: pl.DataFrame, lookups: dict) -> pl.DataFram
         names = names.with_columns([none(c) for c in ("description", "concept") if c not in names.columns]).unique("code", keep="first").select("code", "new_code", "description", _concept="concept")
         m = m.join(names, on="code", how="left", maintain_order="left").with_columns(concept=pl.coalesce("concept", "_concept")).drop("_concept")
     else: m = m.with_columns(none("new_code"), none("description"))
-    if format.units: m = m.join(format.units(m["unit"].drop_nulls().unique(), lookups).select("unit", "new_unit"), on="unit", how="left", maintain_order="left")
-    else: m = m.with_columns(none("new_unit"))
-    m = m.with_columns(new_code=pl.coalesce("new_code", "code"), description=pl.coalesce("description", "name"), ucum=to_ucum(pl.coalesce("new_unit", "unit")))
+    m = m.with_columns(new_code=pl.coalesce("new_code", "code"), description=pl.coalesce("description", "name"), ucum=to_ucum(pl.col("unit")))
     loinc = pl.col("new_code").str.strip_prefix("LOINC//").replace_strict(LOINC, default=None, return_dtype=pl.String)
     m = m.with_columns(concept=pl.coalesce("concept", pl.when(pl.col("new_code").str.starts_with("LOINC//")).then(loinc)))
     factors = pl.DataFrame([(c, u, f, o, CONCEPTS[c].unit) for (c, u), (f, o) in CONVERSIONS.items()] + [(n, c.unit, 1.0, 0.0, c.unit) for n, c in CONCEPTS.items()],
                            schema=dict(concept=pl.String, ucum=pl.String, factor=pl.Float64, offset=pl.Float64, std=pl.String), orient="row")
     m = m.join(factors, on=["concept", "ucum"], how="left", nulls_equal=True, maintain_order="left")
-    return m.with_columns(final_unit=pl.when(pl.col("factor").is_not_null()).then("std").otherwise("ucum")).drop("std", "name", "new_unit")
+    return m.with_columns(final_unit=pl.when(pl.col("factor").is_not_null()).then("std").otherwise("ucum")).drop("std", "name")
 
 # %% ../../nbs/ehr/importing.ipynb #48bff384
 def _unit_table(m: pl.DataFrame) -> pl.DataFrame:
@@ -357,7 +353,7 @@ def _check_tolerance(work: Path, tolerance: float, done: list) -> None:
         most = "; ".join(f"{rule}: {n:,}" for rule, n in sorted(dropped.items(), key=lambda x: -x[1])[:4])
         raise DataError(f"{lost / max(1, records):.1%} of {records:,} records would be lost, more than the tolerance of {tolerance:.1%} ({most}). Mend the export, or pass a higher tolerance if the loss is meant. The rejects with file and line are in {work.name}/rejects.")
 
-# %% ../../nbs/ehr/importing.ipynb #d90ed0d0
+# %% ../../nbs/ehr/importing.ipynb #eb8a925d
 def run_import(format: Format,              # what the files are
                path,                        # the export: a folder or a file
                target,                      # folder to make; it may not exist yet
@@ -381,7 +377,7 @@ def run_import(format: Format,              # what the files are
     except Timeout: raise DataError(f"another import into {target.name!r} is running. Wait for it, or choose another name.") from None
     try:
         plan = _start(work, _plan(format, tables, source, seed, dict(validation=validation, test=test, kind=kind, credit=credit)))
-        report = _run(format, tables, work, plan, tolerance, progress, began)
+        _run(format, tables, work, plan, tolerance, progress, began)
         os.replace(work / "out", target)
     finally: lock.release()
     shutil.rmtree(work, ignore_errors=True); Path(lock.lock_file).unlink(missing_ok=True)
