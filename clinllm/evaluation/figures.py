@@ -14,10 +14,10 @@ from .calibration import reliability
 from .statistics import answered, auroc, bootstrap, resamples
 
 # %% auto #0
-__all__ = ['WIDTH', 'MARKERS', 'GREY', 'theme', 'forest', 'roc_curves', 'reliability_plot', 'distribution', 'decision_curve',
-           'group_plot', 'dose_response']
+__all__ = ['WIDTH', 'MARKERS', 'GREY', 'theme', 'blank', 'entitle', 'spoken', 'forest', 'roc_curves', 'reliability_plot',
+           'distribution', 'decision_curve', 'group_plot', 'dose_response']
 
-# %% ../../nbs/evaluation/figures.ipynb #0928e016
+# %% ../../nbs/evaluation/figures.ipynb #740ed7c0
 WIDTH, MARKERS, GREY = 6.4, "osD^vPX*", "0.45"      # inches; a notebook column
 
 def theme() -> list:      # colours of the palette
@@ -27,10 +27,19 @@ def theme() -> list:      # colours of the palette
         "axes.spines.right": False, "figure.dpi": 110, "savefig.bbox": "tight", "figure.constrained_layout.use": True})
     return sns.color_palette("colorblind")
 
-def _axes(ax, height, width=WIDTH):
+def blank(height: float,            # inches
+          width: float = WIDTH,     # inches; the default is a notebook column
+          ax=None):                 # axes to use instead; None makes new ones
+    "Empty axes in the look of all figures"
     theme(); return ax if ax is not None else plt.subplots(figsize=(width, height))[1]
 
-def _title(ax, title): ax.set_title("\n".join(textwrap.wrap(title, 50)), pad=10); return ax
+def entitle(ax,               # axes
+            title: str,       # the message, one sentence; "" for none
+            ):                # the axes
+    "Write the message over a figure, wrapped to its width"
+    ax.set_title("\n".join(textwrap.wrap(title, 50)), pad=10); return ax
+
+_title, _axes = entitle, lambda ax, height, width=WIDTH: blank(height, width, ax)
 
 def _names(predictions, variants): return predictions.variants if variants is None else [variants] if isinstance(variants, str) else list(variants)
 
@@ -50,6 +59,16 @@ def _why(row):
     text = next((s for s in str(row.limitation).split("; ") if s.startswith(("withheld", "undefined"))), str(row.limitation) or "no value"); return text if len(text) < 46 else text[:44] + "…"
 
 def _words(metric): return {"auroc": "AUROC", "auprc": "AUPRC"}.get(metric, metric.replace("auroc", "AUROC").replace("auprc", "AUPRC").replace("_", " "))
+
+# %% ../../nbs/evaluation/figures.ipynb #7f2d0fee
+def spoken(estimate,                  # an `Estimate`, or anything with value, low and high, such as a row of `Evidence`
+           places: int = 2,           # decimals
+           percent: bool = False,     # as a percentage?
+           ) -> str:                  # such as "0.76 (0.71 to 0.80)"; "no value" when there is none
+    "A number and its interval in words"
+    show = lambda v: (f"{100 * v:.{places}f}%" if percent else f"{v:.{places}f}"); zero = lambda t: t[1:] if t.startswith("-") and not t.strip("-0.%") else t
+    if pd.isna(estimate.value): return "no value"
+    return zero(show(estimate.value)) + (f" ({zero(show(estimate.low))} to {zero(show(estimate.high))})" if not pd.isna(estimate.low) else " (no interval)")
 
 # %% ../../nbs/evaluation/figures.ipynb #e65deac3
 def forest(evidence,                         # `Evidence`, or its frame
