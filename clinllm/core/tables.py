@@ -181,17 +181,35 @@ def _cohort_str(self):
 
 Cohort.of, Cohort.sample, Cohort.__repr__, Cohort.__str__, Cohort._repr_html_ = _split, _sample, _cohort_repr, _cohort_str, _cohort_html
 
-# %% ../../nbs/core/tables.ipynb #ab498784
+# %% ../../nbs/core/tables.ipynb #0ac255e8
 STATUSES = ("ok", "refused", "unparsed", "error")
 
+def _numbers(name, column):
+    "The column as float64; words are refused"
+    numbers = pd.to_numeric(column, errors="coerce").astype("float64")
+    if n := int((numbers.isna() & column.notna()).sum()): raise TableError(f"{name}.{column.name} must hold numbers; {n} of {len(column)} rows hold something else. Leave a missing value empty.")
+    return numbers
+
+def _labels(df):
+    "Outcomes, 0 or 1; missing only where there is a reference text to judge by"
+    label = _numbers("Predictions", df["label"]) if "label" in df else pd.Series(np.nan, df.index)
+    if n := int((label.isna() & df["reference"].isna()).sum()): raise TableError(f"Predictions need a label, or a reference for a text; {n} of {len(df)} rows have neither.")
+    if len(bad := label.dropna()[~label.dropna().isin([0, 1])]): raise TableError(f"Predictions.label must be 0 or 1; found {bad.iloc[0]:g} ({len(bad)} rows). Choose which outcome counts as 1; several classes go into `text` and `reference`.")
+    return label if label.isna().any() else label.astype("int64")
+
+def _check_weights(df):
+    "A sampling weight says how many patients a row stands for"
+    if "weight" in df and len(bad := df["weight"][~(df["weight"] > 0)]): raise TableError(f"Predictions.weight must be above 0; {len(bad)} of {len(df)} rows are missing, 0 or below. Leave rows out rather than weighing them 0.")
+
 class Predictions(Table):
-    "Predictions made: cohort columns, `variant, y_prob, y_pred, text, reference, status, tokens, seconds, run_id`"
+    "Predictions made: cohort columns, `variant, y_prob, y_pred, text, reference, status, tokens, seconds, run_id`; may have `weight` and `source`"
     def _check(self, df):
         defaults = dict(split="test", y_prob=np.nan, y_pred=np.nan, text=None, reference=None, status="ok", tokens=np.nan, seconds=np.nan, run_id="")
         for c, v in defaults.items():
             if c not in df.columns: df[c] = v
-        _check_columns("Predictions", df, [*KEY, "label", "variant", "status"]); _check_choice("Predictions", df, "status", STATUSES)
-        for c in ("y_prob", "y_pred", "tokens", "seconds"): df[c] = pd.to_numeric(df[c]).astype("float64")
+        _check_columns("Predictions", df, [*KEY, "variant", "status"]); _check_choice("Predictions", df, "status", STATUSES)
+        for c in ("y_prob", "y_pred", "tokens", "seconds", *(["weight"] if "weight" in df else [])): df[c] = _numbers("Predictions", df[c])
+        df["label"] = _labels(df); _check_weights(df)
         p = df["y_prob"].dropna()
         if len(p) and not p.between(0, 1).all(): raise TableError(f"Predictions.y_prob must lie in [0, 1]; found {p.min():.3g} to {p.max():.3g}. Turn scores into probabilities first.")
         ok, answered = df["status"] == "ok", df[["y_prob", "y_pred"]].notna().any(axis=1) | df["text"].notna()
@@ -235,9 +253,9 @@ def concat(tables: list,    # tables of one kind, not empty
     if not tables: raise TableError("concat needs at least one table.")
     return type(tables[0])(pd.concat([t.frame for t in tables if len(t)] or [tables[0].frame], ignore_index=True))
 
-# %% ../../nbs/core/tables.ipynb #bb226506
+# %% ../../nbs/core/tables.ipynb #c6adae2d
 DIMENSIONS = ("data", "fine-tuning", "prompt engineering", "multimodal EHR", "clinical accuracy", "calibration", "fairness",
-              "robustness", "patient outcomes", "privacy", "sustainability")
+              "robustness", "patient outcomes", "text quality", "clinicians' review", "privacy", "sustainability")
 
 class Estimate(NamedTuple):
     "A number with its interval"
