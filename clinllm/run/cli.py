@@ -1,4 +1,4 @@
-"""`clinllm run`, `status`, `site`, `data` and `model`: thin commands over the library.
+"""`clinllm run`, `evaluate`, `verify`, `status`, `site`, `data` and `model`: thin commands over the library.
 
 Docs: https://clinllm.github.io/clinllm/run/cli.html.md"""
 
@@ -10,8 +10,8 @@ import argparse, sys
 from ..core.errors import ClinllmError, DataError, ParameterError, unknown_name
 
 # %% auto #0
-__all__ = ['parse_pairs', 'parse_grid', 'headline', 'cmd_run', 'cmd_status', 'cmd_site', 'cmd_data', 'cmd_model', 'make_parser',
-           'main']
+__all__ = ['parse_pairs', 'parse_grid', 'headline', 'cmd_run', 'cmd_status', 'cmd_site', 'cmd_data', 'cmd_evaluate', 'cmd_verify',
+           'cmd_model', 'make_parser', 'main']
 
 # %% ../../nbs/run/cli.ipynb #0cb618ef
 def parse_pairs(pairs,              # texts such as "epochs=2"
@@ -97,20 +97,32 @@ def cmd_site(a) -> int:
     if a.serve: serve_site(settings)
     return 0
 
-# %% ../../nbs/run/cli.ipynb #5622c427
+# %% ../../nbs/run/cli.ipynb #bd54d424
 def cmd_data(a) -> int:
     "List sources, fetch one, check a folder, or import an export"
     if a.action == "import": return _import(a)
     a.action = a.action or "list"
     from clinllm.core.settings import load_settings
     from clinllm.ehr.sources import SOURCES, has_notes, load_timeline
+    from clinllm.ehr.text_sets import TEXT_SETS
     settings = load_settings()
-    if a.action == "list": _table("Sources", ["name", "what it is"], [(n, s.about) for n, s in SOURCES.items()] + [("a folder", "your own patients as MEDS Parquet files, checked by: clinllm data check FOLDER")]); return 0
+    if a.action == "list":
+        _table("Sources", ["name", "what it is"], [(n, s.about) for n, s in SOURCES.items()] + [("a folder", "your own patients as MEDS Parquet files, checked by: clinllm data check FOLDER")])
+        _table("Open texts", ["name", "what it is", "licence"], [(n, t.about, t.licence) for n, t in TEXT_SETS.items()]); return 0
     if a.name is None: raise DataError(f"clinllm data {a.action} needs a {'name' if a.action == 'get' else 'folder'}. Try: clinllm data list")
-    if a.action == "get" and a.name not in SOURCES: raise DataError(unknown_name("data source", a.name, SOURCES))
+    if a.action == "get" and a.name in TEXT_SETS: return _get_texts(a, settings)
+    if a.action == "get" and a.name not in SOURCES: raise DataError(unknown_name("data source", a.name, [*SOURCES, *TEXT_SETS]))
     from clinllm.ehr.cohort import cohort_for
     timeline = load_timeline(a.name, settings); cohort = cohort_for(timeline, settings)
     for line in (timeline, *timeline.notes, f"notes: {'yes' if has_notes(timeline) else 'no'}", cohort, timeline.attribution): print(line)
+    return 0
+
+# %% ../../nbs/run/cli.ipynb #45287b81
+def _get_texts(a, settings) -> int:
+    "Fetch an open text set, or take it from a folder"
+    from clinllm.ehr.text_sets import TEXT_SETS, fetch_text_set
+    folder = fetch_text_set(a.name, settings.cache, settings.list("network", "allow"), from_folder=a.folder)
+    print(f"{a.name} is in {_relative(folder, settings.root)}, each file checked. Licence: {TEXT_SETS[a.name].licence}.")
     return 0
 
 # %% ../../nbs/run/cli.ipynb #59d17e23
@@ -128,6 +140,29 @@ def _import(a) -> int:
     print(f"The dataset is in {_relative(report.target, settings.root)}, rejects with file and line in its folder import. Look at it with: clinllm run data_report -p data={to}")
     return 0
 
+# %% ../../nbs/run/cli.ipynb #3410cfc3
+def cmd_evaluate(a) -> int:
+    "Judge a file of predictions, and say where the report is"
+    from clinllm.core.settings import load_settings
+    from clinllm.run.evaluate import evaluate_file
+    settings = load_settings()
+    job, page, notes = evaluate_file(a.file, a.to, parse_pairs(a.column, "--column"), parse_pairs(a.p), "synthetic" if a.synthetic else "real", a.credit, settings, a.force)
+    for note in notes: print(f"note: {note}.")
+    if page is None: print(f"clinllm: the report failed: {job.reason}", file=sys.stderr); return 1
+    print(f"{headline(job.folder)}\nThe report is {_relative(page, settings.root)}, its evidence lies beside it. `clinllm site` takes it into the site.")
+    return 0
+
+def cmd_verify(a) -> int:
+    "Compute published figures and known truths again; 1 where one of them differs"
+    from clinllm.core.settings import load_settings
+    from clinllm.run.verify import verify
+    settings = load_settings(); f = verify(settings, a.only or None, a.seeds); count = f["verdict"].value_counts()
+    number = lambda v: "–" if v != v else f"{v:.4g}" if isinstance(v, float) else str(v)
+    _table("Published and known figures, computed again", ["check", "source", "published", "found", "verdict", "why"],
+           [(r.check, r.source, number(r.published), number(r.found), r.verdict, r.reason) for r in f.itertuples()])
+    print(", ".join(f"{n} {v}" for v, n in count.items()) + f". Kept in {_relative(settings.reports / 'verify', settings.root)}.")
+    return 1 if (f["verdict"] == "differs").any() else 0
+
 # %% ../../nbs/run/cli.ipynb #137f703e
 def cmd_model(a) -> int:
     "Show the language model of `settings.ini`, or fetch the default one"
@@ -141,7 +176,7 @@ def cmd_model(a) -> int:
     else: _table("Model", ["key", "value"], [*settings["model"].items(), ("hash", model_fingerprint(settings))])
     return 0
 
-# %% ../../nbs/run/cli.ipynb #582bc726
+# %% ../../nbs/run/cli.ipynb #cf3818da
 def make_parser() -> argparse.ArgumentParser:
     "The commands and their options"
     parser = argparse.ArgumentParser("clinllm", description="Show, not claim, that a language model is good enough for a hospital.")
@@ -153,12 +188,19 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--grid", action="append", default=[], metavar="name=a,b", help="run once for each value; several grids are combined")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at the same time (default 1)")
     run.add_argument("--force", action="store_true", help="run again what is up to date")
+    judge = add("evaluate", cmd_evaluate, "judge predictions made elsewhere: a CSV, TSV or Parquet file")
+    judge.add_argument("file", help="one prediction on each row: patient, outcome, risk, and any group columns"); judge.add_argument("--to", default="", metavar="NAME", help="name of the table in data/ (default: that of the file)")
+    judge.add_argument("--column", action="append", default=[], metavar="ours=theirs", help="name a column, such as --column y_prob=vendor_score"); judge.add_argument("-p", action="append", default=[], metavar="name=value", help="set a parameter of the report, such as threshold=0.2")
+    judge.add_argument("--synthetic", action="store_true", help="the patients are invented"); judge.add_argument("--credit", default="", metavar="TEXT", help="what the data's licence asks to be said"); judge.add_argument("--force", action="store_true", help="make the report again")
+    proof = add("verify", cmd_verify, "compute published figures and known truths again, and say which match")
+    proof.add_argument("only", nargs="*", help="groups of checks; all when left out"); proof.add_argument("--seeds", type=int, default=500, metavar="N", help="simulated studies for each interval (default 500)")
     add("status", cmd_status, "list the runs that landed")
     add("site", cmd_site, "build the docs site from library, runs and roadmap").add_argument("--serve", action="store_true", help="serve it on this machine afterwards")
     data = add("data", cmd_data, "list sources of patients, fetch one, check a folder, or import an export"); data.set_defaults(action="list")
     actions = data.add_subparsers(dest="action", metavar="action")
     actions.add_parser("list", help="sources that have a name")
-    actions.add_parser("get", help="fetch a source").add_argument("name", nargs="?", help="a source")
+    get = actions.add_parser("get", help="fetch a source or an open text set"); get.add_argument("name", nargs="?", help="its name")
+    get.add_argument("--from", dest="folder", metavar="FOLDER", help="take an open text set from a folder instead of the network; each file is checked")
     actions.add_parser("check", help="build the cohort of a dataset and show its flow").add_argument("name", nargs="?", help="a source, the name of an import, or a folder")
     take = actions.add_parser("import", help="turn an export into a dataset in data/")
     take.add_argument("name", nargs="?", metavar="path", help="folder or file of the export"); take.add_argument("--from", dest="format", metavar="FORMAT", help="meds, fhir, omop, mimic-iv, eicu or clif")

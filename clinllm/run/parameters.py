@@ -14,8 +14,9 @@ from ..core.errors import DataError, ParameterError, unknown_name
 from ..core.settings import project_root, source_folder
 
 # %% auto #0
-__all__ = ['TYPES', 'NAMED', 'STUDY', 'HEADER_KEYS', 'read_notebook', 'Parameter', 'read_parameters', 'check_source',
-           'check_task', 'check_values', 'resolve_values', 'Experiment', 'read_experiment', 'list_experiments']
+__all__ = ['TYPES', 'NAMED', 'STUDY', 'HEADER_KEYS', 'read_notebook', 'Parameter', 'read_parameters', 'holds_predictions',
+           'check_source', 'check_task', 'check_values', 'resolve_values', 'Experiment', 'read_experiment',
+           'list_experiments']
 
 # %% ../../nbs/run/parameters.ipynb #f5e1e8d9
 def read_notebook(path,         # an .ipynb file
@@ -117,13 +118,21 @@ def _checked(p: Parameter, value, where: str = ""):
 # %% ../../nbs/run/parameters.ipynb #cd4f479b
 NAMED = {"synthetic": True, "mimic-iv-demo": False}     # sources with a name → whether they have notes
 
-# %% ../../nbs/run/parameters.ipynb #870a9d9f
+# %% ../../nbs/run/parameters.ipynb #86afb5a0
+def holds_predictions(source: str,  # what was given for `data`
+                      root,         # the project's root
+                      ) -> bool:    # true for a table of predictions made elsewhere; see `evaluation.reading`
+    "Whether a source holds predictions rather than patients"
+    folder = None if source in NAMED else source_folder(source, root)
+    return bool(folder and (folder / "predictions.parquet").is_file())
+
 def check_source(source: str,       # what was given for `data`
                  root,              # the project's root
                  where: str = "",   # said before an error
                  ) -> str:          # the same text
-    "Refuse a data source that is neither known nor a folder of MEDS files"
+    "Refuse a data source that is neither known, nor a folder of MEDS files, nor a table of predictions"
     folder = None if source in NAMED else source_folder(source, root)
+    if holds_predictions(source, root): return source
     if folder and not any(folder.glob("data/**/*.parquet")): raise ParameterError(f"{where}the folder {source!r} holds no data/**/*.parquet, as a MEDS dataset must. Name the folder above data/ and metadata/.")
     if source not in NAMED and not folder: raise ParameterError(f"{where}{unknown_name('data source', source, NAMED)} It must be one of {', '.join(NAMED)} or an existing folder of MEDS Parquet files, which `clinllm data import` makes of FHIR, OMOP, MIMIC-IV, eICU and CLIF exports.")
     return source
