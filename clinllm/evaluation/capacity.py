@@ -16,42 +16,41 @@ from .outcomes import at, moved_dates
 from .statistics import answered, interval, resamples
 
 # %% auto #0
-__all__ = ['DAY', 'ORDERS', 'UNITS', 'ASSUMED', 'first_round', 'run_queue', 'Period', 'recorded_period', 'other_periods',
+__all__ = ['DAY', 'ORDERS', 'UNITS', 'ASSUMED', 'first_round', 'run_queues', 'Period', 'recorded_period', 'other_periods',
            'random_periods', 'named', 'Capacity', 'simulate_capacity', 'capacity_curve', 'message_capacity',
            'capacity_plot', 'message_queue', 'queue_plot', 'break_even_capacity']
 
-# %% ../../nbs/evaluation/capacity.ipynb #e147653a
+# %% ../../nbs/evaluation/capacity.ipynb #73d85596
 DAY = 24 * 60                               # minutes
 ORDERS = ("highest risk", "first come")     # who is seen first
 
 def first_round(minute, round_hour: float = 24): return np.maximum(0, np.ceil((np.asarray(minute) + .5 - round(60 * round_hour)) / DAY)).astype(int)
 
-def run_queue(minute,                 # when each alert was raised, whole minutes since the first midnight, rising, shape (n,)
-              risk,                   # predicted probability of each, shape (n,)
-              days: int,              # days of the period, >= 1
-              capacity,               # patients seen a day: a number >= 0, or seven for the days of a week from the first day on; may be infinite
-              order: str = "highest risk",   # one of `ORDERS`
-              wait_days: int = 0,     # further rounds that an alert may wait for, >= 0
-              round_hour: float = 24, # hour of the round, in (0, 24]; 24 knows all alerts of the day
-              ):                      # round at which each was seen, shape (n,), NaN if never; and rows (day, raised, seen, dropped, waiting) of each round
-    "Let alerts queue for a daily round"
-    env, queue, seen, log = simpy.Environment(), [], np.full(len(minute), np.nan), []; first = first_round(minute, round_hour)
-    weekly, key = list(capacity) if np.ndim(capacity) else [capacity] * 7, (lambda i: (-risk[i], i)) if order == "highest risk" else None
-    raised = np.bincount(first, minlength=days) if len(first) else np.zeros(days, int); rounds = max(days, len(raised) + wait_days if len(first) else 0)
+def run_queues(minute,                 # when each alert was raised, whole minutes since the first midnight, rising, shape (n,)
+               risk,                   # predicted probability of each, shape (n,)
+               days: int,              # days of the period, >= 1
+               teams: list,            # (patients seen a day, order) of each: a number >= 0 or seven for the days of a week from the first day on, may be infinite; one of `ORDERS`
+               wait_days: int = 0,     # further rounds that an alert may wait for, >= 0
+               round_hour: float = 24, # hour of the round, in (0, 24]; 24 knows all alerts of the day
+               ) -> list:              # for each team: round at which each alert was answered, shape (n,), NaN if never; and (day, raised, seen, dropped, waiting) of each round
+    "Let the same alerts queue for the daily round of each team"
+    env, first, risk = simpy.Environment(), first_round(minute, round_hour).tolist(), np.asarray(risk).tolist(); rounds = max(days, max(first) + 1 + wait_days if first else 0)
+    raised = np.bincount(first, minlength=rounds).tolist() if first else [0] * rounds; queues, out = [[] for _ in teams], [(np.full(len(first), np.nan), []) for _ in teams]
+    weekly = [list(c) if np.ndim(c) else [c] * 7 for c, _ in teams]; key = {"first come": None, "highest risk": lambda i: (-risk[i], i)}
     def patients():
         for i, m in enumerate(np.asarray(minute).tolist()):
             if m > env.now: yield env.timeout(m - env.now)
-            queue.append(i)
-    def team():
+            for queue in queues: queue.append(i)
+    def work():
         for day in range(rounds):
             yield env.timeout(day * DAY + round(60 * round_hour) - .5 - env.now)      # half a minute early: who comes at that very minute waits
-            queue.sort(key=key); k = int(min(weekly[day % 7], len(queue))); seen[queue[:k]] = day; del queue[:k]
-            kept = [i for i in queue if first[i] + wait_days > day]
-            log.append((day, int(raised[day]) if day < len(raised) else 0, k, len(queue) - len(kept), len(kept))); queue[:] = kept
-    env.process(patients()); env.process(team()); env.run()
-    return seen, log
+            for queue, (seen, log), room, (_, order) in zip(queues, out, weekly, teams):
+                queue.sort(key=key[order]); k = int(min(room[day % 7], len(queue))); seen[queue[:k]] = day; left = queue[k:]
+                queue[:] = [i for i in left if first[i] + wait_days > day]; log.append((day, raised[day], k, len(left) - len(queue), len(queue)))
+    env.process(patients()); env.process(work()); env.run()
+    return out
 
-# %% ../../nbs/evaluation/capacity.ipynb #de593503
+# %% ../../nbs/evaluation/capacity.ipynb #317c8d59
 UNITS = {"achieved_net_benefit": "true alerts per patient", "achieved_net_benefit_gain": "true alerts per patient", "net_benefit_lost": "true alerts per patient", "true_alerts_missed": "",
          "queue_length": "alerts that wait after a round", "visits_per_day": "visits a day", "rounds_full": "", "days_waited": "days"}
 
@@ -61,16 +60,17 @@ class Period(NamedTuple):
     minute: np.ndarray    # minutes since the first midnight, rising, shape (n,)
     days: int             # days of the period
 
-def _scores(frame, period, threshold, capacity, order, rules, everyone=False):
-    "What the team achieves in one period; `everyone` raises an alert for all, as if there were no model"
+def _scores(frame, period, threshold, teams, rules, everyone=False):
+    "What each team achieves in one period; `everyone` raises an alert for all, as if there were no model"
     y, p = frame["label"].to_numpy()[period.row], frame["y_prob"].to_numpy()[period.row]; n, odds = len(y), threshold / (1 - threshold)
-    alert = np.ones(n, bool) if everyone else p >= threshold; y, minute = y[alert], period.minute[alert]
-    seen, log = run_queue(minute, p[alert], period.days, capacity, order, rules["wait_days"], rules["round_hour"])
-    wait = seen - first_round(minute, rules["round_hour"]); met = ~np.isnan(seen); worth = rules["effect"] * rules["fade"] ** np.where(met, wait, 0)
-    value = np.where(y == 1, worth, -odds); free = np.where(y == 1, rules["effect"], -odds).sum(); got = value[met].sum(); log = np.array(log)
-    room = np.array(list(capacity) if np.ndim(capacity) else [capacity] * 7)[log[:, 0] % 7]
-    return dict(achieved_net_benefit=got / n, net_benefit_lost=(free - got) / n, true_alerts_missed=1 - met[y == 1].mean() if (y == 1).any() else np.nan, queue_length=log[:, 4].mean(),
-                visits_per_day=log[:period.days, 2].mean(), rounds_full=(log[:, 2] >= room)[:period.days].mean(), days_waited=wait[met].mean() if met.any() else np.nan, per_day=got / period.days, free_per_day=free / period.days)
+    alert = np.ones(n, bool) if everyone else p >= threshold; y, minute = y[alert], period.minute[alert]; first = first_round(minute, rules["round_hour"])
+    free, out = np.where(y == 1, rules["effect"], -odds).sum(), []
+    for (capacity, order), (seen, log) in zip(teams, run_queues(minute, p[alert], period.days, teams, rules["wait_days"], rules["round_hour"])):
+        wait, met, log = seen - first, ~np.isnan(seen), np.array(log); got = np.where(y == 1, rules["effect"] * rules["fade"] ** np.where(met, wait, 0), -odds)[met].sum()
+        room = np.array(list(capacity) if np.ndim(capacity) else [capacity] * 7)[log[:, 0] % 7]
+        out.append(dict(variant="treat all", order=order, capacity=capacity, achieved_net_benefit=got / n, net_benefit_lost=(free - got) / n, true_alerts_missed=1 - met[y == 1].mean() if (y == 1).any() else np.nan,
+            queue_length=log[:, 4].mean(), visits_per_day=log[:period.days, 2].mean(), rounds_full=(log[:, 2] >= room)[:period.days].mean(), days_waited=wait[met].mean() if met.any() else np.nan, per_day=got / period.days, free_per_day=free / period.days))
+    return out
 
 # %% ../../nbs/evaluation/capacity.ipynb #a5ee9817
 def recorded_period(frame: pd.DataFrame) -> Period:     # rows with `prediction_time`
@@ -115,19 +115,18 @@ def _periods(frame, arrivals_per_day, days, n_boot, seed):
     if arrivals_per_day: yield from random_periods(frame, arrivals_per_day, int(days), n_boot, seed); return
     recorded = recorded_period(frame); yield recorded; yield from other_periods(recorded, n_boot, seed)
 
-# %% ../../nbs/evaluation/capacity.ipynb #3e8d420d
+# %% ../../nbs/evaluation/capacity.ipynb #00548e65
 ASSUMED = "assumes that a visit is the action and helps as stated; failures raise no alert"
 
-def _runs(frame, variant, threshold, capacities, orders, rules, arrivals_per_day, days, n_boot, seed, progress):
-    "A row for each period, capacity and order; run 0 is the recorded period unless arrivals are random"
+def _runs(frame, variant, threshold, capacities, orders, rules, arrivals_per_day, days, n_boot, seed, progress, known):
+    "A row for each period, capacity and order; run 0 is the recorded period unless arrivals are random; `known` keeps what no model achieves"
     rows, periods = [], _periods(frame, arrivals_per_day, days, n_boot, seed)
     for run, period in enumerate(tqdm(periods, total=n_boot + (not arrivals_per_day), desc=variant, disable=not progress, leave=False)):
         if not len(period.row): continue
-        for c in capacities:
-            none = _scores(frame, period, threshold, c, "first come", rules, everyone=True); rows.append(none | dict(run=run, variant="treat all", order="first come", capacity=c))
-            for o in orders:
-                got = _scores(frame, period, threshold, c, o, rules); gain = got["achieved_net_benefit"] - max(0, none["achieved_net_benefit"])
-                rows.append(got | dict(run=run, variant=variant, order=o, capacity=c, achieved_net_benefit_gain=gain))
+        if run not in known: known[run] = _scores(frame, period, threshold, [(c, "first come") for c in capacities], rules, everyone=True)
+        none = {r["capacity"]: max(0, r["achieved_net_benefit"]) for r in known[run]}; rows += [r | dict(run=run) for r in known[run]]
+        for r in _scores(frame, period, threshold, [(c, o) for c in capacities for o in orders], rules):
+            rows.append(r | dict(run=run, variant=variant, achieved_net_benefit_gain=r["achieved_net_benefit"] - none[r["capacity"]]))
     return pd.DataFrame(rows)
 
 def _estimate(values, n, random):
@@ -143,7 +142,7 @@ def _claims(runs, n, said, threshold, random, cell):
             rows.append(dict(dimension="patient outcomes", metric=m, variant=v, value=e.value, low=e.low, high=e.high, n=n, group=f"{at(threshold)}, {named(c)}, {o}", unit=UNITS[m], cell=cell, limitation="; ".join(s for s in (*said, why) if s)))
     return rows
 
-# %% ../../nbs/evaluation/capacity.ipynb #2e149346
+# %% ../../nbs/evaluation/capacity.ipynb #83218ce3
 class Capacity(NamedTuple):
     "What a team of a stated size achieves"
     evidence: Evidence      # the claims
@@ -171,12 +170,12 @@ def simulate_capacity(predictions: Predictions,     # predictions of one or more
         frame, _ = answered(predictions, v)
         if not len(frame) or (not arrivals_per_day and moved_dates(frame)): continue
         period = next(_periods(frame, arrivals_per_day, days, 1, seed)); f = frame.iloc[period.row].assign(minute=period.minute, variant=v); f = f[f["y_prob"] >= threshold]
-        seen, log = run_queue(f["minute"], f["y_prob"].to_numpy(), period.days, capacity, order, wait_days, round_hour)
+        (seen, log), = run_queues(f["minute"], f["y_prob"], period.days, [(capacity, order)], wait_days, round_hour)
         traces.append(f.assign(raised=first_round(f["minute"], round_hour), seen=seen)[["variant", *KEY, "y_prob", "label", "raised", "seen"]]); logs.append(pd.DataFrame(log, columns=["day", "raised", "seen", "dropped", "waiting"]).assign(variant=v))
     empty = ["variant", *KEY, "y_prob", "label", "raised", "seen"], ["day", "raised", "seen", "dropped", "waiting", "variant"]
     return Capacity(evidence, *(pd.concat(t, ignore_index=True) if t else pd.DataFrame(columns=c) for t, c in zip((traces, logs), empty)))
 
-# %% ../../nbs/evaluation/capacity.ipynb #6da94e9f
+# %% ../../nbs/evaluation/capacity.ipynb #425eb56b
 def capacity_curve(predictions: Predictions,     # predictions of one or more variants
                    capacities,                   # capacities to try, each as in `simulate_capacity`
                    threshold: float,             # alert at y_prob >= threshold, in (0, 1)
@@ -188,16 +187,17 @@ def capacity_curve(predictions: Predictions,     # predictions of one or more va
                    ) -> tuple[Evidence, pd.DataFrame]:   # claims by group such as "threshold 0.20, capacity 3 a day, highest risk"; and a row for each period, for `break_even_capacity`
     "What is achieved at each capacity, on the same periods"
     rules = dict(effect=effect, wait_days=wait_days, fade=fade, round_hour=round_hour); capacities = [tuple(c) if np.ndim(c) else float(c) for c in capacities] + ([np.inf] if unlimited else [])
-    _check(capacities, orders, rules, threshold, arrivals_per_day, days); lines, tables, shown = [], [], False
+    _check(capacities, orders, rules, threshold, arrivals_per_day, days); lines, tables, known, keys = [], [], {}, None
     for v in predictions.variants:
         frame, said = answered(predictions, v); why = "no rows were answered" if not len(frame) else "" if arrivals_per_day else moved_dates(frame)
         if why: lines.append(dict(dimension="patient outcomes", metric="achieved_net_benefit", variant=v, value=np.nan, n=len(frame), group=at(threshold), unit=UNITS["achieved_net_benefit"], cell=cell, limitation="; ".join(s for s in (said, f"undefined: {why}; give arrivals_per_day" if len(frame) else f"undefined: {why}") if s))); continue
-        runs = _runs(frame, v, threshold, capacities, orders, rules, arrivals_per_day, days, n_boot, seed, progress); tables.append(runs)
+        shown, known = keys is not None, known if frame[[*KEY, "label"]].equals(keys) else {}; keys = frame[[*KEY, "label"]]
+        runs = _runs(frame, v, threshold, capacities, orders, rules, arrivals_per_day, days, n_boot, seed, progress, known); runs = runs[runs["variant"] == v] if shown else runs; tables.append(runs)
         notes = (said, ASSUMED, f"mean and middle 95% of {n_boot} random periods of {days:g} days" if arrivals_per_day else "weights are not used: each row is one arrival" if "weight" in frame else "")
-        lines += _claims(runs[runs["variant"] == v] if shown else runs, len(frame), notes, threshold, bool(arrivals_per_day), cell); shown = True
+        lines += _claims(runs, len(frame), notes, threshold, bool(arrivals_per_day), cell)
     return Evidence(pd.DataFrame(lines)), pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
-# %% ../../nbs/evaluation/capacity.ipynb #099aa1fd
+# %% ../../nbs/evaluation/capacity.ipynb #718086a6
 def _frame(evidence): return evidence.frame if isinstance(evidence, Evidence) else evidence
 
 def _curve(evidence, variant=None):
@@ -215,7 +215,7 @@ def message_capacity(evidence,       # `Evidence` of `capacity_curve`, or its fr
     if not len(d): return f"{variant}: what a team of limited size achieves is unknown"
     k = d["capacity"].min(); d, free = d[d["capacity"] == k].sort_values("value", ascending=False), f.loc[(f["variant"] == variant) & np.isinf(f["capacity"]), "value"]; r = d.iloc[0]; week = " a week" if " a week" in r["group"] else " a day"
     said = f"With {k:g} seen{week}, {r['order']} keeps {r['value']:.3f} ({r['low']:.3f} to {r['high']:.3f})" + (f" of a net benefit of {free.iloc[0]:.3f}" if len(free) else " net benefit")
-    return said + (f", {d['order'].iloc[1]} {d['value'].iloc[1]:.3f}" if len(d) > 1 else "")
+    return said + (f", {d['order'].iloc[1]} {d['value'].iloc[1]:.3f}" if len(d) > 1 else "") + f" (n={r['n']:,})"
 
 def capacity_plot(evidence,         # `Evidence` of `capacity_curve`, or its frame
                   variant=None,     # the variant to draw; None draws the first

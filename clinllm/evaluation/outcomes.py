@@ -207,15 +207,15 @@ def alert_load(predictions: Predictions,    # predictions of one or more variant
         rows += [_line(m, v, e._replace(n=len(frame)), at(threshold), "alerts per 100 beds and day", cell, _note(e, said, f"undefined: {why}")) for m, e in found.items()]
     return Evidence(pd.DataFrame(rows))
 
-# %% ../../nbs/evaluation/outcomes.ipynb #8b3839c9
+# %% ../../nbs/evaluation/outcomes.ipynb #79eed02e
 def message_load(evidence,     # `Evidence` of `alert_load`, or its frame
                  variant=None, # the variant; None takes the first
                  ) -> str:     # one sentence
     "The alert load in a sentence"
     f = evidence.frame if isinstance(evidence, Evidence) else evidence; f = f[f["variant"] == (variant or f["variant"].iloc[0])].set_index("metric"); r = f.loc[LOAD]
     if np.isnan(r["value"]): return f"{r['variant']}: the alert load is unknown"
-    more = f"; one day in 20 brings more than {f.loc['alerts_on_a_high_day', 'value']:.1f}" if "alerts_on_a_high_day" in f.index else ""
-    return f"{r['variant']} raises {r['value']:.1f} ({r['low']:.1f} to {r['high']:.1f}) alerts per 100 beds and day{more}"
+    more = f"; 95% of days bring at most {f.loc['alerts_on_a_high_day', 'value']:.1f}" if "alerts_on_a_high_day" in f.index else ""
+    return f"{r['variant']} raises {r['value']:.1f} ({r['low']:.1f} to {r['high']:.1f}) alerts per 100 beds and day{more} (n={r['n']:,})"
 
 def load_plot(predictions: Predictions,   # predictions of one or more variants
               threshold: float,           # alert at y_prob >= threshold, in (0, 1)
@@ -335,7 +335,7 @@ def expected_utility(predictions: Predictions,    # predictions of one or more v
             rows.append(_line(m, name, e, at(threshold), f"{unit} per 100 patients", cell, cautions(frame, e, said, stated)))
     return Evidence(pd.DataFrame(rows))
 
-# %% ../../nbs/evaluation/outcomes.ipynb #db6f3aca
+# %% ../../nbs/evaluation/outcomes.ipynb #7c1f4946
 def _break_even(shares, u, i):
     "The value of utility i, nearest to the stated one, at which model and better default tie; NaN where there is none"
     model, everyone, none = (100 * s[0] for s in shares); found = []
@@ -353,7 +353,7 @@ def sensitivity_table(predictions: Predictions,    # holds the variant
                       ranges: dict,                # utility -> values to try, such as {"missed": (-8, -2)}
                       n_boot: int = 1000,          # resamples of patients, >= 20
                       seed: int = 42,              # seed of the resamples
-                      ) -> pd.DataFrame:           # per 100 patients, first the stated case: utility, at, expected_utility, treat_all, treat_none, gain, low, high, verdict, implied_threshold, break_even
+                      ) -> pd.DataFrame:           # per 100 patients, first the stated case: utility, at, expected_utility, treat_all, treat_none, gain, low, high, n, verdict, implied_threshold, break_even
     "How the gain over the better default changes when one utility at a time is moved"
     _check_thresholds([threshold]); base = _check_utilities(utilities); frame, _ = answered(predictions, variant)
     for name in ranges:
@@ -364,19 +364,19 @@ def sensitivity_table(predictions: Predictions,    # holds the variant
         u = base.copy()
         if name in UTILITIES: u[UTILITIES.index(name)] = value
         s = _utility(shares, u); e = interval(s["expected_utility_gain"][0], s["expected_utility_gain"][1:], len(frame))
-        rows.append(dict(utility=name, at=value, expected_utility=s["expected_utility"][0], treat_all=s["treat all"][0], treat_none=s["treat none"][0], gain=e.value, low=e.low, high=e.high,
+        rows.append(dict(utility=name, at=value, expected_utility=s["expected_utility"][0], treat_all=s["treat all"][0], treat_none=s["treat none"][0], gain=e.value, low=e.low, high=e.high, n=e.n,
             verdict="better" if e.low > 0 else "worse" if e.high < 0 else "too small to say", implied_threshold=implied_threshold(dict(zip(UTILITIES, u))),
             break_even=_break_even(shares, base, UTILITIES.index(name)) if name in UTILITIES else np.nan))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/evaluation/outcomes.ipynb #67793653
+# %% ../../nbs/evaluation/outcomes.ipynb #9deedf8c
 def message_sensitivity(table: pd.DataFrame,             # of `sensitivity_table`
                         name: str = "the method",        # what to call it
                         unit: str = "utility",           # unit of the utilities
                         ) -> str:                        # one sentence
     "What the sensitivity table says"
-    base, moved = table.iloc[0], table.iloc[1:]; said = {"better": "more than", "worse": "less than", "too small to say": "not surely more than"}[base["verdict"]]
-    return f"As stated, {name} is worth {base['gain']:+.1f} ({base['low']:+.1f} to {base['high']:+.1f}) {unit} per 100 patients, {said} the better default; it stays better in {(moved['verdict'] == 'better').sum()} of {len(moved)} other cases"
+    base, moved = table.iloc[0], table.iloc[1:]
+    return f"As stated, {name} gains {base['gain']:.1f} ({base['low']:.1f} to {base['high']:.1f}) {unit} per 100 patients over the better default; the interval stays above 0 in {(moved['verdict'] == 'better').sum()} of {len(moved)} other cases (n={base['n']:,})"
 
 def sensitivity_plot(table: pd.DataFrame,          # of `sensitivity_table`
                      name: str = "the method",     # what to call it
