@@ -181,7 +181,7 @@ def _cohort_str(self):
 
 Cohort.of, Cohort.sample, Cohort.__repr__, Cohort.__str__, Cohort._repr_html_ = _split, _sample, _cohort_repr, _cohort_str, _cohort_html
 
-# %% ../../nbs/core/tables.ipynb #0ac255e8
+# %% ../../nbs/core/tables.ipynb #efee63cc
 STATUSES = ("ok", "refused", "unparsed", "error")
 
 def _numbers(name, column):
@@ -220,7 +220,7 @@ class Predictions(Table):
         return df
 
     @property
-    def variants(self) -> list: return list(dict.fromkeys(self.frame["variant"]))
+    def variants(self) -> list: return self.frame["variant"].unique().tolist()
     def of(self, variant: str) -> pd.DataFrame:
         "The rows of one variant"
         if variant not in self.variants: raise TableError(unknown_name("variant", variant, self.variants))
