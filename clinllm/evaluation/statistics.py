@@ -14,10 +14,10 @@ from ..core.tables import KEY, Cohort, Estimate, Evidence, Predictions, Task, cl
 
 # %% auto #0
 __all__ = ['SIMULATED_TASK', 'WORST', 'STATISTICS', 'INTERVALS', 'FEW_EVENTS', 'FEW_PATIENTS', 'VERDICTS', 'simulate', 'answered',
-           'worst_case', 'auroc', 'auprc', 'brier_loss', 'resamples', 'interval', 'Distance', 'distance_interval',
-           'leave_out', 'bca_levels', 'bootstrap_many', 'bootstrap', 'cautions', 'measure', 'pair', 'difference',
-           'statistic', 'paired_difference', 'wilson', 'delong', 'delong_difference', 'permutation_test', 'holm',
-           'benjamini_hochberg', 'verdict', 'minimum_detectable_difference']
+           'worst_case', 'prepare', 'auroc', 'auprc', 'brier_loss', 'resamples', 'interval', 'Distance',
+           'distance_interval', 'leave_out', 'bca_levels', 'bootstrap_many', 'bootstrap', 'cautions', 'measure', 'pair',
+           'difference', 'statistic', 'paired_difference', 'wilson', 'delong', 'delong_difference', 'permutation_test',
+           'holm', 'benjamini_hochberg', 'verdict', 'minimum_detectable_difference']
 
 # %% ../../nbs/evaluation/statistics.ipynb #c9309cae
 SIMULATED_TASK = Task("simulated", "Will the simulated outcome happen?", "once a row", 30, "a draw from the true risk", "everyone", groups=("sex", "language"))
@@ -56,27 +56,51 @@ def worst_case(predictions: Predictions,    # the predictions of one or more var
     if not failed.any() or not (failed.all() or told.any()): return every[:0].astype({"label": "int64"})      # a variant that writes text only has no worst probability
     return every.assign(y_prob=every["y_prob"].where(~failed, 1 - every["label"]))[failed | told].astype({"label": "int64"}).reset_index(drop=True)
 
-# %% ../../nbs/evaluation/statistics.ipynb #b709a5d3
-def _ties(frame, w, descending=False):
-    "Weights of positives and negatives at each distinct probability, in rising or falling order"
-    p = frame["y_prob"].to_numpy(); order = np.argsort(-p if descending else p, kind="stable")
-    y, w, starts = frame["label"].to_numpy()[order], w[:, order], np.flatnonzero(np.r_[True, np.diff(p[order]) != 0])
-    return np.add.reduceat(w * y, starts, axis=1), np.add.reduceat(w * (1 - y), starts, axis=1)
+# %% ../../nbs/evaluation/statistics.ipynb #42d1d4b0
+def prepare(statistic,        # function of (frame, weights of shape (b, n)) to shape (b,); with `.on` where it can sort once
+            frame,            # the rows
+            ):                # function of the weights alone
+    "A statistic on these rows"
+    return statistic.on(frame) if hasattr(statistic, "on") else lambda w: statistic(frame, w)
+
+def _auroc_on(frame):
+    "Sort the rows once; then AUROC is a function of the weights alone"
+    p, y = frame["y_prob"].to_numpy(), frame["label"].to_numpy() == 1; rise = np.argsort(p, kind="stable"); pos, neg = rise[y[rise]], rise[~y[rise]]
+    lo, hi = np.searchsorted(p[neg], p[pos], "left"), np.searchsorted(p[neg], p[pos], "right"); ties = (lo != hi).any()
+    def score(w):
+        below, wp = np.zeros((len(w), len(neg) + 1)), w[:, pos]; np.cumsum(w[:, neg], axis=1, out=below[:, 1:])      # weight of negatives under each rank
+        beaten = np.einsum("ij,ij->i", wp, (below[:, lo] + below[:, hi]) / 2 if ties else below[:, lo])
+        with np.errstate(invalid="ignore"): return beaten / (wp.sum(1) * below[:, -1])
+    return score
 
 def auroc(frame: pd.DataFrame,     # columns `label` (0 or 1) and `y_prob`, n >= 1 rows
           w: np.ndarray,           # weights, shape (b, n), >= 0
           ) -> np.ndarray:         # shape (b,), in [0, 1]; NaN where only one class has weight
     "Area under the ROC curve for each line of weights; ties count one half (Hanley & McNeil 1982)"
-    pos, neg = _ties(frame, w); below = np.cumsum(neg, axis=1) - neg
-    with np.errstate(invalid="ignore"): return (pos * (below + neg / 2)).sum(1) / (pos.sum(1) * neg.sum(1))
+    return _auroc_on(frame)(w)
 
-# %% ../../nbs/evaluation/statistics.ipynb #adb8a3a6
+auroc.on = _auroc_on
+
+# %% ../../nbs/evaluation/statistics.ipynb #192d7f07
+def _auprc_on(frame):
+    "Sort the rows once; then average precision is a function of the weights alone"
+    p, y = frame["y_prob"].to_numpy(), frame["label"].to_numpy() == 1; fall = np.argsort(-p, kind="stable"); pos, neg = fall[y[fall]], fall[~y[fall]]
+    if not len(pos): return lambda w: np.full(len(w), np.nan)
+    levels, starts = np.unique(-p[pos], return_index=True); every = np.unique(-p); place, above = np.searchsorted(every, levels), np.searchsorted(-p[neg], levels, "right")
+    def score(w):
+        false, wp = np.zeros((len(w), len(neg) + 1)), w[:, pos]; np.cumsum(w[:, neg], axis=1, out=false[:, 1:])
+        found = np.add.reduceat(wp, starts, axis=1) if len(starts) < len(pos) else wp; tp = np.cumsum(found, axis=1); alerts = tp + false[:, above]
+        gain = np.zeros((len(w), len(every))); gain[:, place] = found * tp / np.where(alerts > 0, alerts, 1)
+        with np.errstate(invalid="ignore"): return gain.sum(1) / found.sum(1)
+    return score
+
 def auprc(frame: pd.DataFrame,     # columns `label` (0 or 1) and `y_prob`, n >= 1 rows
           w: np.ndarray,           # weights, shape (b, n), >= 0
           ) -> np.ndarray:         # shape (b,), in [0, 1]; NaN where no positive has weight
     "Average precision for each line of weights, tied probabilities taken as one threshold"
-    pos, neg = _ties(frame, w, descending=True); tp = np.cumsum(pos, axis=1); alerts = tp + np.cumsum(neg, axis=1)
-    with np.errstate(invalid="ignore"): return (pos * tp / np.where(alerts > 0, alerts, 1)).sum(1) / pos.sum(1)
+    return _auprc_on(frame)(w)
+
+auprc.on = _auprc_on
 
 def brier_loss(frame: pd.DataFrame,   # columns `label` (0 or 1) and `y_prob`, n >= 1 rows
                w: np.ndarray,         # weights, shape (b, n), >= 0
@@ -151,7 +175,7 @@ def bca_levels(value: float,                # the point estimate
     d = jack.mean() - jack; spread = (d**2).sum() ** 1.5; a = (d**3).sum() / (6 * spread) if spread > 1e-30 else 0.; z = z0 + norm.ppf([.025, .975])
     return tuple(norm.cdf(z0 + z / np.maximum(1 - a * z, 1e-6)))
 
-# %% ../../nbs/evaluation/statistics.ipynb #37b1ca8a
+# %% ../../nbs/evaluation/statistics.ipynb #27de8a01
 INTERVALS = ("percentile", "bca")
 
 def bootstrap_many(frame: pd.DataFrame,            # rows to resample; may be empty; a column `weight` (> 0) multiplies all weights
@@ -166,16 +190,15 @@ def bootstrap_many(frame: pd.DataFrame,            # rows to resample; may be em
     n, several = len(frame), len(frame) and frame[cluster].nunique() > 1; known = frame["weight"].to_numpy("float64") if "weight" in frame else np.ones(n)
     values, chance, jack = ({m: [] for m in statistics} for _ in range(3)); weighted = (known != 1).any()
     if not n: return {m: Estimate(float("nan")) for m in statistics}
-    point = {m: f.parts(frame, known[None]) if isinstance(f, Distance) else f(frame, known[None]) for m, f in statistics.items()}
+    on = {m: prepare(f.parts if isinstance(f, Distance) else f, frame) for m, f in statistics.items()}; point = {m: f(known[None]) for m, f in on.items()}
     for w in resamples(frame[cluster], n_boot, seed) if several else ():
         if weighted: w = w * known
         for m, f in statistics.items():
-            got = f.parts(frame, w) if isinstance(f, Distance) else f(frame, w)
-            values[m].append(f.size(got) if isinstance(f, Distance) else got)
+            got = on[m](w); values[m].append(f.size(got) if isinstance(f, Distance) else got)
             if isinstance(f, Distance): chance[m].append(f.size(got - point[m]))
     plain = [m for m, f in statistics.items() if not isinstance(f, Distance)]
     for w in leave_out(frame[cluster], seed=seed) if several and plain and method == "bca" else ():
-        for m in plain: jack[m].append(statistics[m](frame, w * known))
+        for m in plain: jack[m].append(on[m](w * known))
     joined = lambda v: np.concatenate(v) if v else np.array([])
     levels = lambda m: bca_levels(point[m][0], joined(values[m]), joined(jack[m])) if method == "bca" else (.025, .975)
     return {m: distance_interval(f.size(point[m])[0], joined(values[m]), joined(chance[m]), n) if isinstance(f, Distance)
@@ -233,7 +256,7 @@ def measure(predictions: Predictions,     # predictions of one or more variants
         if len(worst): write(v, worst, f"{(worst['status'] != 'ok').sum()} of {len(predictions.of(v))} rows were not ok and are counted as wrong", WORST if group == "all" else f"{group}; {WORST}")
     return concat(rows) if rows else Evidence(pd.DataFrame())
 
-# %% ../../nbs/evaluation/statistics.ipynb #22ef5a09
+# %% ../../nbs/evaluation/statistics.ipynb #08e7f9c3
 def pair(a: pd.DataFrame,            # scored rows of one method, as `answered` gives them
          b: pd.DataFrame,            # scored rows of the other
          ) -> pd.DataFrame:          # rows in both: those of `a`, plus `y_prob_b`
@@ -245,7 +268,11 @@ def pair(a: pd.DataFrame,            # scored rows of one method, as `answered` 
 def difference(statistic,        # function of (frame, weights), such as `auroc`
                ):                # the same kind of function, for frames made by `pair`
     "The statistic of the first method minus that of the second, within each resample"
-    return lambda frame, w: statistic(frame, w) - statistic(frame.assign(y_prob=frame["y_prob_b"]), w)
+    def on(frame):
+        first, second = prepare(statistic, frame), prepare(statistic, frame.assign(y_prob=frame["y_prob_b"]))
+        return lambda w: first(w) - second(w)
+    def gain(frame, w): return on(frame)(w)
+    gain.on = on; return gain
 
 # %% ../../nbs/evaluation/statistics.ipynb #50682e4b
 def statistic(name: str,      # one of `STATISTICS`
@@ -309,7 +336,7 @@ def delong_difference(both: pd.DataFrame,     # rows of two methods, from `pair`
     p = float(2 * norm.sf(abs(d) / se)) if se > 1e-12 else 1. if abs(d) < 1e-12 else float("nan")
     return Estimate(d, d - half, d + half, len(both)), p
 
-# %% ../../nbs/evaluation/statistics.ipynb #1f0b85e8
+# %% ../../nbs/evaluation/statistics.ipynb #89beabb9
 def permutation_test(both: pd.DataFrame,               # rows of two methods, from `pair`
                      statistic,                        # function of (frame, weights of shape (b, n)) to shape (b,), such as `auroc`; rows of weight 0 must not matter
                      n_perm: int = 2000,               # random swaps, >= 1
@@ -323,7 +350,7 @@ def permutation_test(both: pd.DataFrame,               # rows of two methods, fr
     rank = (lambda v: rankdata(v) / len(v)) if by_rank else np.asarray
     stacked = pd.concat([both, both.assign(y_prob=both["y_prob_b"])], ignore_index=True).assign(y_prob=np.r_[rank(both["y_prob"]), rank(both["y_prob_b"])])
     known = both["weight"].to_numpy("float64") if "weight" in both else np.ones(len(both)); names, code = np.unique(both[cluster].to_numpy(), return_inverse=True)
-    contrast = lambda keep: statistic(stacked, np.c_[keep * known, ~keep * known]) - statistic(stacked, np.c_[~keep * known, keep * known])
+    score = prepare(statistic, stacked); contrast = lambda keep: score(np.c_[keep * known, ~keep * known]) - score(np.c_[~keep * known, keep * known])
     real = contrast(np.ones((1, len(both)), bool))[0]; rng = np.random.default_rng(seed); block = max(1, cells // (2 * len(both))); extreme = 0
     if np.isnan(real): return float("nan")
     for start in range(0, n_perm, block):
