@@ -17,17 +17,17 @@ from .statistics import Distance, answered, brier_loss, measure, resamples, wils
 # %% auto #0
 __all__ = ['CLIP', 'KNOTS', 'MOST', 'integrated_calibration_index', 'E50', 'E90', 'METHODS', 'calibration_slope',
            'calibration_intercept', 'bin_of', 'expected_calibration_error', 'observed_expected', 'scaled_brier',
-           'brier_roots', 'brier_parts', 'calibration', 'reliability', 'smooth_curve', 'platt', 'temperature',
+           'brier_statistics', 'brier_parts', 'calibration', 'reliability', 'smooth_curve', 'platt', 'temperature',
            'isotonic', 'other_patients', 'recalibrate']
 
-# %% ../../nbs/evaluation/calibration.ipynb #c807b353
+# %% ../../nbs/evaluation/calibration.ipynb #cfd074b7
 CLIP = 1e-6
 
 def _logits(frame): return logit(frame["y_prob"].to_numpy().clip(CLIP, 1 - CLIP))
 
-def _newton(y, x, w, slope=True, steps=30):
+def _newton(y, x, w, slope=True, steps=30, start=None):
     "Weighted logistic regression of y on x for each line of w: intercept and slope; NaN where there is no finite fit"
-    a, b = np.zeros(len(w)), np.full(len(w), 0. if slope else 1.); step = np.full(len(w), np.inf)
+    a, b = (np.full(len(w), v) for v in ((0., 0. if slope else 1.) if start is None else start)); step = np.full(len(w), np.inf)
     with np.errstate(all="ignore"):
         for _ in range(steps):
             mu = expit(a[:, None] + b[:, None] * x); r, v = w * (y - mu), w * mu * (1 - mu)
@@ -42,19 +42,27 @@ def _newton(y, x, w, slope=True, steps=30):
     bad = ~(step < 1e-6) | (abs(b) > 50) | (abs(a) > 500)
     return np.where(bad, np.nan, a), np.where(bad, np.nan, b)
 
-# %% ../../nbs/evaluation/calibration.ipynb #77b7a225
+# %% ../../nbs/evaluation/calibration.ipynb #68a32bb1
+def _cox(slope):
+    "A function of a frame to a function of w, which starts each fit where that of all rows ends"
+    def on(frame):
+        x, y = _logits(frame), frame["label"].to_numpy(); first = _newton(y, x, np.ones((1, len(y))), slope); start = [v[0] for v in first] if np.isfinite(first).all() else None
+        return lambda w: np.full(len(w), np.nan) if slope and np.ptp(x) < 1e-9 else _newton(y, x, w, slope, start=start)[1 if slope else 0]
+    return on
+
 def calibration_slope(frame: pd.DataFrame,    # columns `label` (0 or 1) and `y_prob`
                       w: np.ndarray,          # weights, shape (b, n), >= 0
                       ) -> np.ndarray:        # shape (b,), 1 is right; NaN where predictions do not vary or separate perfectly
     "Slope of the outcome on the logit of the prediction (Cox 1958)"
-    x = _logits(frame)
-    return np.full(len(w), np.nan) if np.ptp(x) < 1e-9 else _newton(frame["label"].to_numpy(), x, w)[1]
+    return _cox(True)(frame)(w)
 
 def calibration_intercept(frame: pd.DataFrame,    # columns `label` (0 or 1) and `y_prob`
                           w: np.ndarray,          # weights, shape (b, n), >= 0
                           ) -> np.ndarray:        # shape (b,), log odds, 0 is right; NaN where there is one class only
     "Calibration in the large: the intercept with the slope held at 1 (Van Calster et al. 2019)"
-    return _newton(frame["label"].to_numpy(), _logits(frame), w, slope=False)[0]
+    return _cox(False)(frame)(w)
+
+calibration_slope.on, calibration_intercept.on = _cox(True), _cox(False)
 
 # %% ../../nbs/evaluation/calibration.ipynb #8d845f6c
 def bin_of(y_prob,              # probabilities, shape (n,), in [0, 1]
@@ -87,27 +95,44 @@ def scaled_brier(frame: pd.DataFrame,    # columns `label` (0 or 1) and `y_prob`
     mean = w @ frame["label"].to_numpy() / w.sum(1); base = mean * (1 - mean)
     return np.where(base > 1e-12, 1 - brier_loss(frame, w) / np.where(base > 1e-12, base, 1), np.nan)
 
-# %% ../../nbs/evaluation/calibration.ipynb #c32acd55
-def _sums(frame, w, bins):
-    "Share of weight, mean prediction times share, and mean outcome times share, of each bin"
-    member = np.eye(bins)[bin_of(frame["y_prob"], bins)]; y, p = frame["label"].to_numpy(dtype="float64"), frame["y_prob"].to_numpy(); w = w / w.sum(1, keepdims=True)
-    return w @ member, w @ (member * p[:, None]), w @ (member * y[:, None])
+# %% ../../nbs/evaluation/calibration.ipynb #93c12714
+def _once(f):
+    "A function that remembers its last answer, because several statistics share it"
+    last = [None, None]
+    def g(*args):
+        if last[0] is None or any(a is not b for a, b in zip(args, last[0])): last[:] = args, f(*args)
+        return last[1]
+    return g
 
-def brier_roots(bins: int = 10):    # bins of about equal size, >= 1
-    "Two statistics, the square roots of reliability and resolution, as distances"
-    length = lambda parts: np.sqrt((parts ** 2).sum(1)); root = lambda share: np.sqrt(np.where(share > 0, share, 1))
-    def unreliable(frame, w): share, p, y = _sums(frame, w, bins); return (p - y) / root(share)
-    def resolved(frame, w): share, _, y = _sums(frame, w, bins); return y / root(share) - np.sqrt(share) * y.sum(1, keepdims=True)
-    return {"brier_reliability": Distance(unreliable, length), "brier_resolution": Distance(resolved, length)}
+def _sums(bins):
+    "A function of a frame to a function of w: share of weight, of predictions and of outcomes in each bin, each (b, k); the mean of p² and of p times y, (b, 2)"
+    def on(frame):
+        member = np.eye(bins)[bin_of(frame["y_prob"], bins)]; y, p = frame["label"].to_numpy(dtype="float64")[:, None], frame["y_prob"].to_numpy()[:, None]
+        M = np.hstack([member, member * p, member * y, p * p, p * y])
+        return _once(lambda w: np.split(w @ M / w.sum(1, keepdims=True), [bins, 2 * bins, 3 * bins], axis=1))
+    return _once(on)
+
+def _ready(make):
+    "A statistic from a function of a frame to a function of w"
+    f = lambda frame, w: make(frame)(w); f.on = make; return f
+
+def brier_statistics(bins: int = 10,     # bins of about equal size, >= 1
+                     ) -> dict:          # "brier_reliability" and "brier_resolution" are distances, the square roots of the parts; "brier_uncertainty" and "brier_within_bins" the parts
+    "Statistics of the four parts of the Brier loss"
+    sums = _sums(bins); root = lambda share: np.sqrt(np.where(share > 0, share, 1)); length = lambda parts: np.sqrt((parts ** 2).sum(1))
+    def unreliable(share, p, y, _): return (p - y) / root(share)
+    def resolved(share, p, y, _): return y / root(share) - np.sqrt(share) * y.sum(1, keepdims=True)
+    def uncertain(share, p, y, _): return y.sum(1) * (1 - y.sum(1))
+    def within(share, p, y, squares): return squares @ [1, -2] - (p * (p - 2 * y) / np.where(share > 0, share, 1)).sum(1)
+    made = {m: _ready(lambda frame, f=f: lambda w: f(*sums(frame)(w))) for m, f in dict(reliability=unreliable, resolution=resolved, uncertainty=uncertain, within_bins=within).items()}
+    return {f"brier_{m}": Distance(f, length) if m in ("reliability", "resolution") else f for m, f in made.items()}
 
 def brier_parts(frame: pd.DataFrame,    # columns `label` (0 or 1) and `y_prob`
                 w: np.ndarray,          # weights, shape (b, n), >= 0
                 bins: int = 10,         # bins of about equal size, >= 1
                 ) -> dict:              # name -> shape (b,); reliability - resolution + uncertainty + within_bins = Brier loss
     "The Brier loss taken apart (Murphy 1973; Stephenson et al. 2008 for the part within bins)"
-    share, p, y = _sums(frame, w, bins); safe = np.where(share > 0, share, 1); mean = y.sum(1); each, seen = frame["y_prob"].to_numpy(), frame["label"].to_numpy()
-    spread, together = (w @ (each * v) / w.sum(1) - (p * m / safe).sum(1) for v, m in ((each, p), (seen, y)))
-    return {**{m.removeprefix("brier_"): d(frame, w) ** 2 for m, d in brier_roots(bins).items()}, "uncertainty": mean * (1 - mean), "within_bins": spread - 2 * together}
+    return {m.removeprefix("brier_"): f(frame, w) ** (2 if isinstance(f, Distance) else 1) for m, f in brier_statistics(bins).items()}
 
 # %% ../../nbs/evaluation/calibration.ipynb #ff3022ec
 KNOTS, MOST = (.05, .35, .65, .95), 2000      # quantiles of the knots (Harrell); most distinct predictions that are kept apart
@@ -151,15 +176,7 @@ def _distances(frame, w):
 integrated_calibration_index = Distance(_distances, lambda parts: abs(parts).mean(1))
 E50, E90 = (Distance(_distances, lambda parts, q=q: np.quantile(abs(parts), q, axis=1)) for q in (.5, .9))
 
-# %% ../../nbs/evaluation/calibration.ipynb #ae25757f
-def _once(f):
-    "A function of (frame, w) that remembers its last answer, because several statistics share it"
-    last = [None, None, None]
-    def g(frame, w):
-        if last[0] is not frame or last[1] is not w: last[:] = frame, w, f(frame, w)
-        return last[2]
-    return g
-
+# %% ../../nbs/evaluation/calibration.ipynb #683b050c
 def calibration(predictions: Predictions,    # predictions of one or more variants
                 bins: int = 10,              # bins of the expected calibration error and of the Brier loss's parts, >= 1
                 n_boot: int = 1000,          # resamples of patients, >= 20
@@ -173,14 +190,14 @@ def calibration(predictions: Predictions,    # predictions of one or more varian
     found = measure(predictions, "calibration", {"calibration_slope": calibration_slope, "calibration_intercept": calibration_intercept,
         "brier_loss": brier_loss, "expected_calibration_error": expected_calibration_error(bins), "observed_expected": observed_expected,
         **{m: Distance(shared, d.size) for m, d in (("integrated_calibration_index", integrated_calibration_index), ("e50", E50), ("e90", E90))},
-        "scaled_brier": scaled_brier, **brier_roots(bins), **{f"brier_{m}": lambda frame, w, m=m: brier_parts(frame, w, bins)[m] for m in ("uncertainty", "within_bins")}}, n_boot, seed, cell,
+        "scaled_brier": scaled_brier, **brier_statistics(bins)}, n_boot, seed, cell,
         notes={"calibration_slope": still, "brier_loss": base, "expected_calibration_error": f"{cut}; chance alone makes it larger than 0", "brier_reliability": f"{cut}; chance alone makes it larger than 0",
                "brier_resolution": f"{cut}; chance alone makes it larger than 0", "brier_within_bins": cut, **{m: curve for m in ("integrated_calibration_index", "e50", "e90")}},
         units={"calibration_intercept": "log odds"})
-    found.frame.loc[found.frame["metric"].isin(brier_roots()), ["value", "low", "high"]] **= 2
+    found.frame.loc[found.frame["metric"].isin(["brier_reliability", "brier_resolution"]), ["value", "low", "high"]] **= 2
     return found
 
-# %% ../../nbs/evaluation/calibration.ipynb #94f2cfb1
+# %% ../../nbs/evaluation/calibration.ipynb #04566637
 def reliability(predictions: Predictions,    # holds the variant
                 variant: str,                # the variant to look at
                 bins: int = 10,              # bins of equal size, >= 1
@@ -190,7 +207,7 @@ def reliability(predictions: Predictions,    # holds the variant
     frame, _ = answered(predictions, variant); rows = []
     for _, f in frame.groupby(bin_of(frame["y_prob"], bins)) if len(frame) else ():
         if f["subject_id"].nunique() >= min_cell:
-            e = wilson(f["label"], f["subject_id"]); rows.append((f["y_prob"].mean(), e.value, e.low, e.high, e.n))
+            e = wilson(f["label"], f["subject_id"], f.get("weight")); rows.append((np.average(f["y_prob"], weights=f.get("weight")), e.value, e.low, e.high, e.n))
     return pd.DataFrame(rows, columns=["predicted", "observed", "low", "high", "n"])
 
 # %% ../../nbs/evaluation/calibration.ipynb #ac8f07b3
