@@ -117,6 +117,11 @@ def test_sizes_of_teams_by_hand():
     found = break_even_capacity(pd.DataFrame(rows), .3, .15).frame.set_index("metric"); assert found["value"].to_dict() == dict(break_even_capacity=1, sufficient_capacity=3, best_capacity=2) and (found["low"] == found["value"]).all()
     dear = break_even_capacity(pd.DataFrame(rows), 2).frame.set_index("metric"); assert np.isnan(dear.loc["break_even_capacity", "value"]) and "no capacity tried pays" in dear.loc["best_capacity", "limitation"] and dear.loc["sufficient_capacity", "value"] == 3
 
+def test_sizes_of_random_periods_come_from_their_mean():
+    "One odd period in 40, the first, in which nothing pays: the mean benefit a day is .8 * 39 / 40 at one place, so one place pays for .3"
+    rows = [dict(run=r, random=True, variant="m", order="first come", capacity=float(k), per_day=0 if r == 0 else b, free_per_day=.9) for r in range(40) for k, b in enumerate((0, .8))]
+    e = break_even_capacity(pd.DataFrame(rows), .3).frame.set_index("metric").loc["break_even_capacity"]; assert e["value"] == e["low"] == e["high"] == 1
+
 def test_figures_say_what_the_numbers_say():
     import matplotlib; matplotlib.use("Agg"); import matplotlib.pyplot as plt
     p = arrive(simulate(80), 60); found, _ = capacity_curve(p, [0, 1, 2], .3, n_boot=20); said = lambda ax: (ax.get_title(loc="left") or ax.get_title()).replace("\n", " ").replace("\xa0", " ")
