@@ -159,7 +159,7 @@ def _statsmodels(f):
     for name, ours, theirs in (("Holm", statistics.holm, "holm"), ("Benjamini-Hochberg", statistics.benjamini_hochberg, "fdr_bh")):
         yield f"{name}: sum of seven adjusted p", "statsmodels", multipletests(p, method=theirs)[1].sum(), lambda ours=ours: np.sum(ours(p)), 1e-9
 
-# %% ../../nbs/run/published.ipynb #7d0b56be
+# %% ../../nbs/run/published.ipynb #6d32a634
 def _dcurves(f):
     import dcurves
     grid = (.05, .1, .2, .3, .4, .5)
@@ -167,12 +167,12 @@ def _dcurves(f):
     for t, value in zip(grid, peer.to_numpy()): yield f"net benefit at {t:.2f}", "dcurves", value, lambda t=t: _one(outcomes.model_benefit(t), f), 1e-9
 
 def _fairlearn(f):
-    from fairlearn.metrics import MetricFrame, selection_rate, true_positive_rate
-    from sklearn.metrics import roc_auc_score
+    from fairlearn.metrics import MetricFrame, false_positive_rate, selection_rate, true_positive_rate
+    from sklearn.metrics import brier_score_loss, precision_score, roc_auc_score
     at = lambda metric: lambda y, p: metric(y, p >= .2)
-    peer = MetricFrame(metrics={"auroc": roc_auc_score, "true_positive_rate": at(true_positive_rate), "selection_rate": at(selection_rate)}, y_true=f["label"], y_pred=f["y_prob"], sensitive_features=f["sex"])
+    peer = MetricFrame(metrics={"auroc": roc_auc_score, "true_positive_rate": at(true_positive_rate), "selection_rate": at(selection_rate), "false_positive_rate": at(false_positive_rate), "positive_predictive_value": at(precision_score), "brier_loss": brier_score_loss}, y_true=f["label"], y_pred=f["y_prob"], sensitive_features=f["sex"])
     @cache
-    def ours(): return fairness.fairness(Predictions(f.drop(columns="w")), "sex", threshold=.2, n_boot=20).frame.set_index(["metric", "group"])["value"]
+    def ours(): return fairness.fairness(Predictions(f.drop(columns="w")), "sex", threshold=.2, n_boot=20, measures=list(peer.overall.index)).frame.set_index(["metric", "group"])["value"]
     for m, gap in peer.difference().items():
         for g in ("Female", "Male"): yield f"{m}, {g}", "fairlearn", peer.by_group.loc[g, m], lambda m=m, g=g: ours()[m, f"sex: {g}"], 1e-9
         yield f"{m}, gap", "fairlearn", gap, lambda m=m: ours()[f"{m}_gap", "sex"], 1e-9
