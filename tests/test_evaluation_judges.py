@@ -3,13 +3,12 @@ import numpy as np, pandas as pd, pytest
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
-from clinllm.core.errors import ParameterError
 from clinllm.core.tables import Predictions
 from clinllm.evaluation.accuracy import at_threshold, compare, discrimination
 from clinllm.evaluation.calibration import _newton, calibration, calibration_intercept, calibration_slope, expected_calibration_error, platt, recalibrate, reliability
 from clinllm.evaluation.fairness import by_group, fairness
 from clinllm.evaluation.outcomes import net_benefit
-from clinllm.evaluation.robustness import ABBREVIATIONS, KINDS, perturb, robustness, sections
+from clinllm.evaluation.robustness import robustness
 from clinllm.evaluation.statistics import bootstrap, brier_loss, resamples, simulate
 
 def test_newton_equals_scikit_learn_on_each_resample():
@@ -72,23 +71,6 @@ def test_fairness_equals_fairlearn_and_hides_small_cells():
     assert np.isnan(rare["value"]) and rare["n"] == 0 and "n <11" in rare["limitation"] and rare["limitation"].startswith("withheld")
     hidden = found.loc["selection_rate"]; assert hidden["limitation"].str.contains("n not shown").sum() == 1
     assert "biased upward" in found.loc[("auroc_gap", "language"), "limitation"]
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_perturbing_never_raises_and_is_the_same_twice(kind):
-    rng = np.random.default_rng(0); alphabet = list("abcXYZ 019:.,\n\t\r\x00éß🙂\u202e#*/-()")
-    odd = ["".join(rng.choice(alphabet, rng.integers(0, 200))) for _ in range(150)] + [None, ""]
-    assert perturb(odd, kind, 0) == odd
-    for dose in (.3, 1.):
-        worse = perturb(odd, kind, dose, seed=5); assert worse == perturb(odd, kind, dose, seed=5) and len(worse) == len(odd)
-        assert all((b is None) == (a is None) for a, b in zip(odd, worse)) and all(b.strip() for a, b in zip(odd, worse) if a and a.strip())
-    assert all("".join(sections(t)) == t for t in odd if t)
-    with pytest.raises(ParameterError): perturb(odd, kind, float("nan"))
-
-def test_abbreviations_come_back():
-    "Shortening and writing out again gives the same words"
-    for long, short in ABBREVIATIONS.items():
-        assert perturb([long], "abbreviations", 1) == [short] and perturb([short], "abbreviations", 1) == [long]
-    assert len(set(ABBREVIATIONS.values())) == len(ABBREVIATIONS)
 
 def test_net_benefit_by_hand_and_paired_gain():
     "Vickers & Elkin 2006: NB = TP/n - FP/n * pt/(1 - pt); 1,000 patients, prevalence 20%, counts as in a 2 x 2 table"
