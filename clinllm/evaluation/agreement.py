@@ -157,7 +157,7 @@ def icc(frame: pd.DataFrame,     # as `by_item` makes it, ratings that are numbe
         below = between + (k - 1) * rest + more if form[2] == "1" else between + (more / k if form[0] == "2" else 0)
         return np.where((N >= 2) & (below > 1e-12), (between - rest) / below, np.nan)
 
-# %% ../../nbs/evaluation/agreement.ipynb #e50beaec
+# %% ../../nbs/evaluation/agreement.ipynb #abb939b7
 def _coefficients(level, scale):
     kind = dict(nominal=("none", "nominal"), ordinal=("quadratic", "ordinal"), interval=("quadratic", "interval"))
     if level not in kind: raise TableError(unknown_name("level", level, kind))
@@ -189,7 +189,8 @@ def agreement(ratings: pd.DataFrame,          # one row a rating: `item`, `rater
               ) -> Evidence:                  # percent_agreement, krippendorff_alpha, gwet_ac1 and those that suit the level
     "How far raters agree, with intervals by drawing items of patients"
     frame = by_item(ratings); got = frame[_raters(frame)].notna().sum(axis=1); alone, holes = int((got < 2).sum()), int((~_complete(frame) & (got >= 2)).sum())
-    if level != "nominal" and scale is None and frame[_raters(frame)].select_dtypes("number").shape[1] < len(_raters(frame)): raise TableError(f"ratings in words need their order for level {level!r}. Give scale=[...] from lowest to highest, or use level='nominal'.")
+    if level != "nominal" and scale is None and frame[_raters(frame)].select_dtypes("number").shape[1] < len(_raters(frame)):
+        raise TableError(f"ratings in words need their order for level {level!r}. Give scale=[...] from lowest to highest, or use level='nominal'.")
     if level != "nominal" and scale is not None: frame = _as_numbers(frame, list(scale)); scale = list(_values(scale))
     rows = []
     for m, e in bootstrap_many(frame, _coefficients(level, scale), n_boot, seed).items() if len(frame) else ():

@@ -166,7 +166,7 @@ def _order(items, seed, rater):
     "Items in an order that is random, and each rater's own"
     return [str(i) for i in np.random.default_rng([seed, *rater.lower().encode()]).permutation(sorted(items))]
 
-# %% ../../nbs/evaluation/review.ipynb #d74cb1ef
+# %% ../../nbs/evaluation/review.ipynb #dbb05058
 CSS = """<style>.clinllm-text {white-space: pre-wrap; max-height: 22em; overflow: auto; padding: .6em .9em; border: 1px solid #999; border-radius: 4px; line-height: 1.45}
 .clinllm-bad {color: #a40000; font-weight: bold}</style>"""
 
@@ -201,40 +201,49 @@ class _Form:
         self.loading, item = True, self.order[self.at]; here = self.asked(item)
         self.text.value = _shown(self.review.items[item], self.said(item))
         for d, b in self.buttons.items(): b.value = self.given.get((item, d)); self.rows[d].layout.display = "" if d in here else "none"
-        self.keys.value = "".join(self.key(self.given.get((item, d))) for d in here).rstrip(".")
+        self.keys.value = self.typed_so_far()
         if self.comment: self.comment.value = self.review.comments.get(item, "")
         self.loading = False; self.tell("")
 
     def key(self, rating): return "." if rating is None else "0" if rating == CANNOT else str(rating)
     def go(self, step):
         if self.order: self.at = min(max(self.at + step, 0), len(self.order) - 1); self.load()
-    def clicked(self, dimension, rating):
-        if not self.loading and rating is not None: self.keep(dimension, rating); self.loading = True; self.keys.value = "".join(self.key(self.given.get((self.order[self.at], d))) for d in self.asked(self.order[self.at])).rstrip("."); self.loading = False
-    def typed(self, keys):
-        "Keep each digit that is new; its place says which statement it belongs to"
-        if self.loading: return
-        item = self.order[self.at]; here = self.asked(item); allowed = {self.key(v): v for v in [*self.review.scale, CANNOT]}
-        if bad := [k for k in keys if k not in allowed and k != "."] or len(keys) > len(here) and [keys[-1]]:
-            return self.tell(f"{html.escape(bad[0])} was not kept: there are {len(here)} statements, each takes {', '.join(allowed)} or . to skip", bad=True)
-        for d, k in zip(here, keys):
-            if k != "." and self.given.get((item, d)) != allowed[k]: self.keep(d, allowed[k]); self.loading = True; self.buttons[d].value = self.given.get((item, d)); self.loading = False
-    def keep(self, dimension, rating):
-        try: self.save(self.order[self.at], dimension, rating); self.tell(f"{dimension.replace('_', ' ')}: {rating} saved at {datetime.now():%H:%M:%S}. ")
-        except Exception as e: self.tell(f"NOT saved ({type(e).__name__}: {html.escape(str(e))}). Copy what you rated and call whoever runs the study.", bad=True)
-    def commented(self, text):
-        if self.loading: return
-        try: self.keep_comment(self.order[self.at], text); self.tell(f"comment saved at {datetime.now():%H:%M:%S}. ")
-        except Exception as e: self.tell(f"comment NOT saved ({type(e).__name__}).", bad=True)
-    def tell(self, said, bad=False):
-        "Progress, and what was just done"
-        full = sum(all((i, d) in self.given for d in self.asked(i)) for i in self.order); left = sum((self.order[self.at], d) not in self.given for d in self.asked(self.order[self.at]))
-        self.progress.value = full; here = f"Item {self.at + 1} of {len(self.order)}, {left} statements open here. {full} items complete."
-        self.status.value = f"<span role='status' class='{'clinllm-bad' if bad else ''}'>{said if bad else html.escape(said) + here}</span>"
 
 def _form(self: Review):
     "The rating form; show it as the last line of a cell"
     self.widgets = _Form(self, self.order, lambda item: list(self.dimensions), self.given, self.rate, self.comment); return self.widgets.box
 Review.form = _form
+
+# %% ../../nbs/evaluation/review.ipynb #8b4d80a6
+def _typed_so_far(self): item = self.order[self.at]; return "".join(self.key(self.given.get((item, d))) for d in self.asked(item)).rstrip(".")
+
+def _clicked(self, dimension, rating):
+    if self.loading or rating is None: return
+    self.keep(dimension, rating); self.loading = True; self.keys.value = self.typed_so_far(); self.loading = False
+
+def _typed(self, keys):
+    "Keep each digit that is new; its place says which statement it belongs to"
+    if self.loading: return
+    item = self.order[self.at]; here = self.asked(item); allowed = {self.key(v): v for v in [*self.review.scale, CANNOT]}
+    if bad := [k for k in keys if k not in allowed and k != "."] or len(keys) > len(here) and [keys[-1]]:
+        return self.tell(f"{html.escape(bad[0])} was not kept: there are {len(here)} statements, each takes {', '.join(allowed)} or . to skip", bad=True)
+    for d, k in zip(here, keys):
+        if k == "." or self.given.get((item, d)) == allowed[k]: continue
+        self.keep(d, allowed[k]); self.loading = True; self.buttons[d].value = self.given.get((item, d)); self.loading = False
+
+def _saved(self, what, save, *args):
+    try: save(self.order[self.at], *args); self.tell(f"{what} saved at {datetime.now():%H:%M:%S}. ")
+    except Exception as e: self.tell(f"{html.escape(what)} NOT saved ({type(e).__name__}: {html.escape(str(e))}). Note it elsewhere and call whoever runs the study.", bad=True)
+
+def _tell(self, said, bad=False):
+    "What was just done, and how far the rater is"
+    full = sum(all((i, d) in self.given for d in self.asked(i)) for i in self.order); item = self.order[self.at]; left = sum((item, d) not in self.given for d in self.asked(item))
+    self.progress.value = full; here = f"Item {self.at + 1} of {len(self.order)}, {left} statements open here. {full} items complete."
+    self.status.value = f"<span role='status' class='{'clinllm-bad' if bad else ''}'>{said if bad else html.escape(said) + here}</span>"
+
+_Form.typed_so_far, _Form.clicked, _Form.typed, _Form.saved, _Form.tell = _typed_so_far, _clicked, _typed, _saved, _tell
+_Form.keep = lambda self, dimension, rating: self.saved(f"{dimension.replace('_', ' ')}: {rating}", self.save, dimension, rating)
+_Form.commented = lambda self, text: None if self.loading else self.saved("comment", self.keep_comment, text)
 
 # %% ../../nbs/evaluation/review.ipynb #dac2d373
 def _harmless(text): return "'" + text if text[:1] in "=+-@\t\r" and text else text
@@ -381,13 +390,15 @@ def _difference(score, a, b, dimension, unit, n_boot, seed, cell):
     return claim("clinicians' review", "mean_rating_difference", f"{a} - {b}", e, n=len(both), group=dimension, unit=unit, cell=cell, limitation="; ".join(s for s in ("undefined: no case has both answers rated" if not len(both) else
         f"few patients ({few}): the percentile interval may be too narrow" if few < 30 else "", "raters are taken as given") if s))
 
-# %% ../../nbs/evaluation/review.ipynb #df670f9d
+# %% ../../nbs/evaluation/review.ipynb #7bd529f7
 def message_review(evidence) -> str:      # one sentence
     "What a review says, in a sentence computed from it"
     frame = evidence.frame if isinstance(evidence, Evidence) else pd.DataFrame(evidence); gap = frame[(frame["metric"] == "mean_rating_difference") & frame["low"].notna()]
     if len(gap):
         up, down = gap[gap["low"] > 0], gap[gap["high"] < 0]; best = gap.loc[gap["value"].abs().idxmax()]; a, b = best["variant"].split(" - ", 1)
-        return f"{a} was rated higher than {b} on {(up['variant'] == best['variant']).sum()} and lower on {(down['variant'] == best['variant']).sum()} of {(gap['variant'] == best['variant']).sum()} dimensions; the largest difference is on {best['group'].replace('_', ' ')}, {best['value']:+.2f} ({best['low']:+.2f} to {best['high']:+.2f}; n={best['n']:,} cases)."
+        same = lambda d: int((d["variant"] == best["variant"]).sum())
+        return (f"{a} was rated higher than {b} on {same(up)} and lower on {same(down)} of {same(gap)} dimensions; "
+                f"the largest difference is on {best['group'].replace('_', ' ')}, {best['value']:+.2f} ({best['low']:+.2f} to {best['high']:+.2f}; n={best['n']:,} cases).")
     mean = frame[(frame["metric"] == "mean_rating") & frame["value"].notna() & ~frame["group"].str.endswith(WORST)]
     if not len(mean): return "Nothing was rated."
     low = mean.loc[mean["value"].idxmin()]; ends = f"{low['low']:.2f} to {low['high']:.2f}; " if low["low"] == low["low"] else ""
