@@ -102,10 +102,10 @@ def conformal_sets(validation: Predictions,     # predictions on validation pati
     no, yes = new["y_prob"].to_numpy() <= bounds[0], 1 - new["y_prob"].to_numpy() <= bounds[1]
     return new.assign(no=no, yes=yes, size=no.astype(int) + yes, holds=np.where(new["label"] == 1, yes, no))
 
-# %% ../../nbs/evaluation/selective.ipynb #75a13f67
+# %% ../../nbs/evaluation/selective.ipynb #d529b738
 def _count(hits, frame):
     "A proportion of rows with an interval that counts patients and weights"
-    return wilson(hits, frame["subject_id"], **(dict(weights=frame["weight"]) if "weight" in frame and len(frame) else {}))
+    return wilson(hits, frame["subject_id"], frame.get("weight"))
 
 def _said(estimate, *notes): return "; ".join([n for n in notes if n] + (["undefined: no rows"] if np.isnan(estimate.value) else []))
 
@@ -132,13 +132,13 @@ def conformal(validation: Predictions,     # predictions on validation patients
             e = _count(hits, sets); rows.append(claim("calibration", m, v, e, group=group, cell=cell, limitation=_said(e, left_out)))
     return concat(rows)
 
-# %% ../../nbs/evaluation/selective.ipynb #62307545
+# %% ../../nbs/evaluation/selective.ipynb #06fcb9aa
 def abstain_below(validation: Predictions,     # predictions on validation patients
                   variant: str,                # the variant to look at
                   risk: float,                 # highest error among the answered that is accepted, in (0, 1)
                   delta: float = .05,          # chance that the limit is broken all the same, in (0, 1)
                   threshold: float = .5,       # the decision is yes at y_prob >= threshold; in (0, 1)
-                  start: float = .25,          # the first coverage that is asked about, in (0, 1]; then in steps of 0.05
+                  start: float = .25,          # the first coverage that is asked about, in (0, 1], or more where the rows are few; then in steps of 0.05
                   ) -> float:                  # answer at this confidence or above; infinite where the first coverage fails
     "The confidence below which a case goes to a person"
     for name, v in (("risk", risk), ("delta", delta), ("start", min(start, .999))):
@@ -146,7 +146,8 @@ def abstain_below(validation: Predictions,     # predictions on validation patie
     frame, _ = answered(validation, variant); best = np.inf
     if not len(frame): return best
     sure, wrong = confidence(frame["y_prob"], threshold).round(12), _wrong(frame, threshold)
-    for coverage in [*np.arange(start, 1, .05), 1]:
+    first = max(start, np.ceil(np.log(delta) / np.log(1 - risk)) / len(frame))         # with fewer rows, not even one without an error would do
+    for coverage in [*np.arange(first, 1, .05), 1] if first <= 1 else []:
         cut = np.sort(sure)[::-1][int(np.ceil(coverage * len(sure) - 1e-9)) - 1]; rows = sure >= cut
         m = frame["subject_id"][rows].value_counts().to_numpy(); n = m.sum() ** 2 / (m ** 2).sum(); e = wrong[rows].mean() * n       # Kish's effective number, as in wilson
         if not (e < n and beta.ppf(1 - delta, e + 1, n - e) <= risk): break
@@ -164,7 +165,7 @@ def abstain(validation: Predictions,     # predictions on validation patients
     other_patients(validation, test); rows, group = [], f"risk {risk:.2f}"
     for v in test.variants:
         cut = abstain_below(validation, v, risk, delta, threshold); frame, left_out = answered(test, v); answers = confidence(frame["y_prob"], threshold).round(12) >= cut; kept = frame[answers]
-        rule = f"answered at confidence {cut:.3f} or above, threshold {threshold:g}" if np.isfinite(cut) else f"the surest 25% did not keep the error at or below {risk:g} for sure on {len(answered(validation, v)[0])} validation rows"
+        rule = f"answered at confidence {cut:.3f} or above, threshold {threshold:g}" if np.isfinite(cut) else f"the surest did not keep the error at or below {risk:g} for sure on {len(answered(validation, v)[0])} validation rows"
         e = _count(_wrong(kept, threshold), kept); limited = "; ".join(s for s in (left_out, rule if len(kept) else "undefined: " + ("nobody was answered; " if np.isfinite(cut) else "") + rule) if s)
         rows.append(claim("calibration", "selective_error", v, e, group=group, cell=cell, limitation=limited))
         every = test.of(v); every = every[every["label"].notna()]; done = every.merge(kept[KEY].assign(done=True), on=KEY, how="left")["done"].notna().to_numpy()
