@@ -306,7 +306,7 @@ def wilson(hits,                  # 0 or 1 for each row of the denominator, shap
     middle, half = (p + z**2 / (2 * k)) / (1 + z**2 / k), z / (1 + z**2 / k) * np.sqrt(p * (1 - p) / k + z**2 / (4 * k**2))
     return Estimate(p, min(p, max(0., middle - half)), max(p, min(1., middle + half)), n)
 
-# %% ../../nbs/evaluation/statistics.ipynb #1b1b64eb
+# %% ../../nbs/evaluation/statistics.ipynb #0f0feeca
 def _placements(y, *scores):
     "AUROC of each score, and how often each positive beats a negative and each negative is beaten (Sun & Xu 2014)"
     pos, neg = y == 1, y != 1; m, n = pos.sum(), neg.sum(); v10, v01 = [], []
@@ -334,7 +334,7 @@ def delong_difference(both: pd.DataFrame,     # rows of two methods, from `pair`
     area, v = _delong(both, "y_prob", "y_prob_b"); d = float(area[0] - area[1])
     se = float(np.sqrt(max(0., v[0, 0] + v[1, 1] - 2 * v[0, 1]))) if v is not None else float("nan"); half = norm.ppf(.975) * se
     p = float(2 * norm.sf(abs(d) / se)) if se > 1e-12 else 1. if abs(d) < 1e-12 else float("nan")
-    return Estimate(d, d - half, d + half, len(both)), p
+    return Estimate(d, float(d - half), float(d + half), len(both)), p
 
 # %% ../../nbs/evaluation/statistics.ipynb #89beabb9
 def permutation_test(both: pd.DataFrame,               # rows of two methods, from `pair`
