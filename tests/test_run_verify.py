@@ -85,4 +85,4 @@ def test_injected_differences_have_the_stated_size():
     for name in truth.INJECTED:
         size, amount = truth.injected(name); column, value, measure, true, inject, *_ = truth.INJECTED[name]
         f = truth.population().assign(row=np.arange(len(truth.population()))); f["group"] = (f[column] == value).astype(int)
-        assert true(f, inject(f, amount)) == pytest.approx(size, abs=1e-3) and .02 < abs(size) < .7
+        assert true(f, inject(f, amount)) == pytest.approx(size, abs=1e-3) and .02 < abs(size) < .9

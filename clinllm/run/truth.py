@@ -81,7 +81,7 @@ def truths() -> dict:
         "auroc_gap": np.ptp([area(s) for s in sites]), "tpr_gap": np.ptp([hit(s) for s in sites]), "expected_calibration_error": _ece(y, p), "sensitivity": alert[y == 1].mean(), "positive_predictive_value": y[alert].mean(),
         "sensitivity, one row each": alert[once & (y == 1)].mean(), "ppv, one row each": y[once & alert].mean(), "auroc, one row each": area(once), "auroc_difference, one row each": roc_auc_score(y[once], q[once]) - area(once)}
 
-# %% ../../nbs/run/truth.ipynb #923e6e09
+# %% ../../nbs/run/truth.ipynb #c495db98
 class Promise(NamedTuple):
     "An interval, and how often it says that it holds the truth"
     interval: str           # how it is made
@@ -91,7 +91,7 @@ class Promise(NamedTuple):
 
 PLAIN = ("auroc", "auprc", "brier_loss", "calibration_slope", "calibration_intercept", "net_benefit", "alerts_per_100", "number_needed_to_evaluate", "auroc_difference", "brier_difference", "text_score", "krippendorff_alpha")
 PAIRS, GAPS = {"auroc_by_pair": "auroc", "slope_by_pair": "calibration_slope", "tpr_by_pair": "true_positive_rate"}, {"auroc_gap": "auroc", "tpr_gap": "true_positive_rate"}
-DISTANCES, BCA, SMALL = (*GAPS, "expected_calibration_error"), ("auroc", "calibration_slope"), ("auroc", "brier_loss", "calibration_slope")
+DISTANCES, BCA, SMALL = (*GAPS, "expected_calibration_error"), ("auroc", "net_benefit"), ("auroc", "brier_loss", "calibration_slope")
 KINDS = {**{k: Promise("percentile", k) for k in (*PLAIN, *PAIRS)}, **{f"{k}, BCa": Promise("BCa", k) for k in BCA}, "auroc, weighted sample": Promise("percentile", "auroc"),
          **{k: Promise("distance", k, .93, 1.) for k in DISTANCES}, **{k: Promise("Wilson, clustered", k, .93, 1.) for k in ("sensitivity", "positive_predictive_value")},
          **{k: Promise("Wilson", k) for k in ("sensitivity, one row each", "ppv, one row each")}, **{k: Promise("DeLong", k) for k in ("auroc, one row each", "auroc_difference, one row each")},
@@ -173,7 +173,7 @@ def coverage(seeds: int = 500,         # studies, >= 2
         rows.append(dict(kind=kind, interval=promise.interval, truth=t, studies=len(e), covered=share((e[:, 1] <= t) & (t <= e[:, 2])), too_high=share(e[:, 1] > t), too_low=share(e[:, 2] < t), width=share(e[:, 2] - e[:, 1])))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/run/truth.ipynb #cea708dd
+# %% ../../nbs/run/truth.ipynb #e66a8a33
 def _gap(f, y_prob):
     from sklearn.metrics import roc_auc_score
     g = f["group"].to_numpy() == 1; y = f["label"].to_numpy(); return roc_auc_score(y[~g], y_prob[~g]) - roc_auc_score(y[g], y_prob[g])
@@ -200,7 +200,7 @@ INJECTED = {"gap in AUROC between groups": ("sex", "Male", "auroc", _gap, _noisy
 
 @cache
 def injected(name: str,         # a key of `INJECTED`
-             n: int = 1500,     # patients a study
+             n: int = 1000,     # patients a study
              ) -> tuple:        # (size of the true difference, amount that makes it)
     "What to inject so that studies of `n` patients have 80% power, by `minimum_detectable_difference` of six pilot studies"
     column, value, measure, truth, inject, (low, high) = INJECTED[name]
@@ -227,7 +227,7 @@ class _Power(NamedTuple):
     n_boot: int
     def __call__(self, seed): e = _found(self.name, seed, self.amount, self.n, self.n_boot); return bool(e.low > 0 or e.high < 0)
 
-# %% ../../nbs/run/truth.ipynb #03df0bf2
+# %% ../../nbs/run/truth.ipynb #73a3ebbb
 LEAKS, LEAK_PATIENTS = {"code": .9, "billing": .9, "lab": .9, "note": .9, "rare": .4}, 400
 
 def _leaks(seed: int) -> dict:
@@ -239,7 +239,7 @@ def _leaks(seed: int) -> dict:
     return {"clean": not leakage_report(timeline, cohort).ok} | {k: not leakage_report(plant_leak(timeline, cohort, k, s, seed), cohort).ok for k, s in LEAKS.items()}
 
 def power(seeds: int = 500,         # studies, >= 2; hospitals with leaks are a 25th of that, at least 4
-          n: int = 1500,            # patients a study
+          n: int = 1000,            # patients a study
           n_boot: int = 400,        # resamples
           jobs: int = 1,            # processes
           progress: bool = False,   # whether to show a bar
