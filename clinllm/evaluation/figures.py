@@ -128,16 +128,16 @@ def _roc(frame, grid, w):
         if tp[-1] > 0 and fp[-1] > 0: out.append(np.interp(grid, np.r_[0, fp / fp[-1]], np.r_[0, tp / tp[-1]]))
     return np.array(out)
 
-# %% ../../nbs/evaluation/figures.ipynb #8d821f4e
+# %% ../../nbs/evaluation/figures.ipynb #a0d5aef6
 def _estimates(predictions, variants, statistic, n_boot, seed):
     "The statistic of each variant that has one, as `Estimate`s"
     found = {v: bootstrap(answered(predictions, v)[0], statistic, n_boot, seed) for v in _names(predictions, variants)}
     return {v: e for v, e in found.items() if not pd.isna(e.value)}
 
-def _extreme(found, what, most=max):
-    "One sentence on the highest or lowest of several estimates"
+def _extreme(found, what):
+    "One sentence on the highest of several estimates"
     if not found: return f"No {what} could be given"
-    v = most(found, key=lambda v: found[v].value); return f"{'Highest' if most is max else 'Lowest'} {what}: {v}, {spoken(found[v])}, {_count(found[v].n)}" if len(found) > 1 else f"{what[0].upper() + what[1:]} of {v}: {spoken(found[v])}, {_count(found[v].n)}"
+    v = max(found, key=lambda v: found[v].value); return f"Highest {what}: {v}, {spoken(found[v])}, {_count(found[v].n)}" if len(found) > 1 else f"{what[0].upper() + what[1:]} of {v}: {spoken(found[v])}, {_count(found[v].n)}"
 
 def message_roc_curves(predictions: Predictions,    # predictions of one or more variants
                        variants=None,               # variant or variants; None for all
@@ -202,10 +202,12 @@ def precision_recall_curves(predictions: Predictions,    # predictions of one or
     ax.axhline(base, ls=":", color=GREY, label=f"prevalence: {base:.2f}"); ax.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="recall (share of the outcomes that are found)", ylabel="precision (share of the alerts that are right)", aspect="equal")
     ax.legend(loc="upper left", bbox_to_anchor=(-.02, -.13), title="AUPRC, 95% interval", alignment="left"); return entitle(ax, _extreme(found, "AUPRC") + f"; the prevalence is {base:.2f}" if title is None else title)
 
-# %% ../../nbs/evaluation/figures.ipynb #45b55634
+# %% ../../nbs/evaluation/figures.ipynb #c5b39fa9
 def _furthest(found):
     "One sentence on the estimates of a mean distance to the diagonal"
-    return _extreme(found, "mean distance from the diagonal").replace("Highest mean distance from", "Furthest from") if found else "No calibration curve could be drawn"
+    if not found: return "No calibration curve could be drawn"
+    v = max(found, key=lambda v: found[v].value); e = f"{spoken(found[v])}"
+    return (f"Furthest from the diagonal: {v}, by {e} on average" if len(found) > 1 else f"{v} lies {e} from the diagonal on average") + f", {_count(found[v].n)}"
 
 def message_reliability_plot(predictions: Predictions,    # predictions of one or more variants
                              variants=None,               # variant or variants; None for all
@@ -230,7 +232,7 @@ def reliability_plot(predictions: Predictions,    # predictions of one or more v
     ax.set(xlim=(0, 1), ylim=(-.03 - .02 * len(names), 1), xlabel="predicted risk", ylabel="observed share, 95% interval"); ax.legend(loc="upper left")
     return _entitle(ax, title, message_reliability_plot, predictions, variants, bins)
 
-# %% ../../nbs/evaluation/figures.ipynb #28ed66ed
+# %% ../../nbs/evaluation/figures.ipynb #01d29363
 def message_smooth_calibration_plot(predictions: Predictions,    # predictions of one or more variants
                                     variants=None,               # variant or variants; None for all
                                     n_boot: int = 200,           # resamples of patients, >= 20
@@ -252,6 +254,7 @@ def smooth_calibration_plot(predictions: Predictions,    # predictions of one or
         d, p = smooth_curve(predictions, v, n_boot, seed), answered(predictions, v)[0]["y_prob"]; floor = -.02 * upper - strip * (i + 1)
         ax.fill_between(d["predicted"], d["low"], d["high"], color=_colour(i), alpha=.18, lw=0)
         ax.plot(d["predicted"], d["observed"], color=_colour(i), lw=2, marker=MARKERS[i % 8], markevery=1 if len(d) < 2 else (5 + 5 * i, 25), label=v if len(d) else f"{v}: undefined")
+        if len(d) == 1: ax.vlines(d["predicted"], d["low"], d["high"], color=_colour(i), lw=2)
         share, edges = np.histogram(p, bins=40, range=(0, upper))
         if share.any(): ax.bar(edges[:-1], .9 * strip * share / share.max(), width=np.diff(edges), align="edge", bottom=floor, color=_colour(i), lw=0)
     ax.set(xlim=(0, upper), ylim=(-.03 * upper - strip * len(names), upper), xlabel="predicted risk", ylabel="observed share, 95% band"); ax.set_yticks([t for t in ax.get_yticks() if 0 <= t <= upper])
