@@ -182,7 +182,7 @@ def test_curves_say_the_numbers():
     clean, _ = clean_and(); noise = np.random.default_rng(0).normal(size=400); kinds = list(KINDS)[:9]
     worse = {f"{k} {d}%": Predictions(clean.frame.assign(y_prob=expit(logit(clean.frame["y_prob"]) + .02 * (i + 1) * d * noise))) for i, k in enumerate(kinds) for d in (5, 20)}
     found = robustness(clean, worse, n_boot=50); ax = robustness_curves(found); said = message_robustness_curves(found); top = found.frame.query("metric == 'auroc_drop'").nlargest(1, "value").iloc[0]
-    assert f"{top['value']:.2f} ({top['low']:.2f} to {top['high']:.2f})" in said and top["group"].replace("_", " ") in said and "n = 400" in said
+    assert f"{top['value']:.2f} ({top['low']:.2f} to {top['high']:.2f})" in said and f"{top['group'].rsplit(' ', 1)[0].replace('_', ' ')}, dose 20%" in said and "n = 400" in said
     assert [t.get_text() for t in ax.get_legend().get_texts()][-1] == "3 others"
 
 # ---- shift
@@ -199,12 +199,12 @@ def test_shift_equals_the_strata_taken_apart_and_finds_what_was_planted():
     assert "site: B - A" in message_shift_plot(shift(Predictions(frame), "site", n_boot=50), "calibration_intercept") and shift_plot(shift(Predictions(frame), "site", n_boot=50)) is not None
 
 def test_equal_sites_rarely_look_different():
-    "With 24 studies of equal sites, about 1 in 20 intervals leaves 0 out"
+    "With 20 studies of equal sites, about 1 in 20 intervals leaves 0 out"
     out = []
-    for s in range(24):
-        frame = simulate(300, seed=s).of("true risk"); frame["site"] = np.where(frame["subject_id"] % 2, "A", "B"); got = shift(Predictions(frame), "site", reference="A", n_boot=200, seed=s).frame
+    for s in range(20):
+        frame = simulate(300, seed=s).of("true risk"); frame["site"] = np.where(frame["subject_id"] % 2, "A", "B"); got = shift(Predictions(frame), "site", reference="A", n_boot=100, seed=s).frame
         out.append(got[got["metric"] == "auroc_shift"].eval("low > 0 or high < 0").item())
-    assert sum(out) <= 5
+    assert sum(out) <= 4
 
 def test_small_strata_are_withheld_with_their_counts():
     frame = simulate(300).of("true risk"); frame["site"] = np.select([frame.index < 5, frame.index < 40], ["tiny", "small"], "big"); frame.loc[frame["site"] == "small", "label"] = 0; frame.loc[290:, "site"] = None

@@ -116,7 +116,7 @@ def robustness_by_dose(cohort: Cohort,           # the rows that are asked about
         found += [Evidence(r.frame.assign(limitation=[_said(note, s) for s in r.frame["limitation"]])) for r in rows]
     return concat(found) if found else Evidence(pd.DataFrame())
 
-# %% ../../nbs/evaluation/robustness.ipynb #2e800ea0
+# %% ../../nbs/evaluation/robustness.ipynb #d26972f3
 def _doses(evidence, metric, variant):
     "Rows of one metric and variant with columns kind and dose, %"
     frame = evidence.frame if isinstance(evidence, Evidence) else pd.DataFrame(evidence); metrics = list(dict.fromkeys(frame["metric"]))
@@ -135,13 +135,13 @@ def message_robustness_curves(evidence,                         # `Evidence` of 
     "Which perturbation does most?"
     rows, variant = _doses(evidence, metric, variant); seen = rows[rows["value"].notna()]
     if not len(seen): return f"{variant}: no value of {_METRICS.get(metric, metric)} could be given"
-    top = lambda part: part.loc[part["value"].idxmax()]; percent = metric.endswith("rate"); say = lambda r: f"{r['group'].replace('_', ' ')} {spoken(r, 0 if percent else 2, percent)}"
+    top = lambda part: part.loc[part["value"].idxmax()]; percent = metric.endswith("rate"); say = lambda r: f"{spoken(r, 0 if percent else 2, percent)} ({r['kind'].replace('_', ' ')}, dose {r['dose']:g}%)"
     changing = seen["kind"].isin(CHANGING); stay, move = seen[~changing], seen[changing]
-    if percent: return f"{variant}, {_METRICS[metric]}: " + ", ".join(f"{name} at most {say(top(part))}, n = {top(part)['n']:,}" for name, part in (("meaning kept", stay), ("meaning changed", move)) if len(part))
+    if percent: return f"{variant}, {_METRICS[metric]}: " + "; ".join(f"{name}, at most {say(top(part))}, n = {top(part)['n']:,}" for name, part in (("meaning kept", stay), ("meaning changed", move)) if len(part))
     r = top(seen); sure = (seen["low"] > 0).sum()
-    return f"{variant}: largest {_METRICS.get(metric, metric)} with {say(r)}, n = {r['n']:,}" + (f"; {sure} of {len(seen)} conditions clearly cost accuracy" if metric == "auroc_drop" else "")
+    return f"{variant}: largest {_METRICS.get(metric, metric)} {say(r)}, n = {r['n']:,}" + (f"; {sure} of {len(seen)} intervals lie above 0" if metric == "auroc_drop" else "")
 
-# %% ../../nbs/evaluation/robustness.ipynb #e3d0223b
+# %% ../../nbs/evaluation/robustness.ipynb #a01a787e
 def robustness_curves(evidence,                        # `Evidence` of `robustness_by_dose` or `robustness`, with groups such as "typos 10%", or its frame
                       metric: str = "auroc_drop",      # one of its metrics
                       title: str | None = None,        # the message; None computes it
@@ -149,11 +149,11 @@ def robustness_curves(evidence,                        # `Evidence` of `robustne
                       ax=None):                        # axes to draw on; None makes new ones
     "What each perturbation does by dose, with 95% intervals"
     rows, variant = _doses(evidence, metric, variant); seen = rows[rows["value"].notna()]; ax = blank(4.4, ax=ax); colours, scale = sns.color_palette("colorblind"), 100 if metric.endswith("rate") else 1
-    order = seen.groupby("kind")["value"].max().sort_values(ascending=False).index if len(seen) else []; grey, width = 0, max(seen["dose"].max(), 1) if len(seen) else 1
+    order = seen.groupby("kind")["value"].max().sort_values(ascending=False).index if len(seen) else []; grey, width, place = 0, max(seen["dose"].max(), 1) if len(seen) else 1, list(dict.fromkeys(k for k in (_kind(g) for g in (evidence.frame if isinstance(evidence, Evidence) else evidence)["group"])))
     for i, kind in enumerate(order):
         d = seen[seen["kind"] == kind]; loud = i < 6; said = kind.replace("_", " ") + (" (meaning changed)" if kind in CHANGING else "") if loud else None if grey else f"{len(order) - 6} others"; grey += not loud
         x, y = d["dose"] + .008 * width * (i - len(order) / 2), scale * d["value"]; ends = [(scale * (d["value"] - d["low"])).fillna(0), (scale * (d["high"] - d["value"])).fillna(0)]
-        ax.errorbar(x, y, yerr=ends, color=colours[i] if loud else "0.7", marker="osD^vP"[i] if loud else ".", ls="--" if kind in CHANGING else "-", ms=7, elinewidth=2 if loud else 1, lw=2 if loud else 1, zorder=3 - .1 * (not loud), label=said)
+        ax.errorbar(x, y, yerr=ends, color=colours[place.index(kind) % 10] if loud else "0.7", marker="osD^vPX*<>hp8d"[place.index(kind) % 14] if loud else ".", ls="--" if kind in CHANGING else "-", ms=7, elinewidth=2 if loud else 1, lw=2 if loud else 1, zorder=3 - .1 * (not loud), label=said)
     if gone := list(rows.loc[rows["value"].isna(), "group"]): ax.text(.02, .02, "no value: " + ", ".join(gone), transform=ax.transAxes, style="italic", color="0.45", fontsize=11)
     ax.axhline(0, color="0.45", ls=":"); ax.set(xlabel="dose, %", ylabel=f"{_METRICS.get(metric, metric)}{', %' if scale > 1 else ''}, 95% interval")
     if len(order): ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0) if len(order) > 3 else ax.legend(loc="best")
