@@ -99,3 +99,12 @@ def test_nobody_answered_or_no_source():
     assert spans.empty and np.isnan(get(e, "hallucinated_facts")["value"]) and get(e, "any_omitted_fact", FAILURES)["value"] == 1
     with pytest.raises(TableError, match="column 'source'"): fact_check(Predictions(table(["a"], ["a"]).frame.drop(columns="source")))
     with pytest.raises(TableError, match="against"): fact_check(table(["a"], ["a"]), against="sources")
+
+def test_people_invent_less_than_a_weak_system(shared_data):
+    "Notes by people against notes of LED, on the same dialogues of ACI-Bench"
+    folder = shared_data / "aci-bench"; system = folder / "predictions" / "LED_clinicalnlp_taskB_test1_full.csv"
+    if not system.is_file(): pytest.skip("ACI-Bench is not there")
+    right = pd.read_csv(folder / "clinicalnlp_taskB_test1.csv").set_index("encounter_id"); out = pd.read_csv(system).set_index("encounter_id")["note"][right.index]
+    p = Predictions(pd.concat([table(list(t), list(right["dialogue"])).frame.assign(variant=v) for v, t in (("people", right["note"]), ("LED", out))]))
+    e, _ = fact_check(p, n_boot=200); per = e.frame.query("group == 'all' and metric == 'hallucinated_per_100'").set_index("variant")
+    assert per.loc["people", "high"] < 25 < 50 < per.loc["LED", "low"]
