@@ -141,19 +141,19 @@ def message_robustness_curves(evidence,                         # `Evidence` of 
     r = top(seen); sure = (seen["low"] > 0).sum()
     return f"{variant}: largest {_METRICS.get(metric, metric)} {say(r)}, n = {r['n']:,}" + (f"; {sure} of {len(seen)} intervals lie above 0" if metric == "auroc_drop" else "")
 
-# %% ../../nbs/evaluation/robustness.ipynb #a01a787e
+# %% ../../nbs/evaluation/robustness.ipynb #810334f4
 def robustness_curves(evidence,                        # `Evidence` of `robustness_by_dose` or `robustness`, with groups such as "typos 10%", or its frame
                       metric: str = "auroc_drop",      # one of its metrics
                       title: str | None = None,        # the message; None computes it
                       variant: str | None = None,      # the variant to draw; None draws the first
                       ax=None):                        # axes to draw on; None makes new ones
     "What each perturbation does by dose, with 95% intervals"
-    rows, variant = _doses(evidence, metric, variant); seen = rows[rows["value"].notna()]; ax = blank(4.4, ax=ax); colours, scale = sns.color_palette("colorblind"), 100 if metric.endswith("rate") else 1
-    order = seen.groupby("kind")["value"].max().sort_values(ascending=False).index if len(seen) else []; grey, width, place = 0, max(seen["dose"].max(), 1) if len(seen) else 1, list(dict.fromkeys(k for k in (_kind(g) for g in (evidence.frame if isinstance(evidence, Evidence) else evidence)["group"])))
+    rows, variant = _doses(evidence, metric, variant); seen = rows[rows["value"].notna()]; ax = blank(4.4, ax=ax); colours, scale = [c for i, c in enumerate(sns.color_palette("colorblind")) if i != 7], 100 if metric.endswith("rate") else 1
+    order = seen.groupby("kind")["value"].max().sort_values(ascending=False).index if len(seen) else []; order = sorted(order, key=lambda k: k not in CHANGING); grey, width, place = 0, max(seen["dose"].max(), 1) if len(seen) else 1, list(dict.fromkeys(k for k in (_kind(g) for g in (evidence.frame if isinstance(evidence, Evidence) else evidence)["group"])))
     for i, kind in enumerate(order):
         d = seen[seen["kind"] == kind]; loud = i < 6; said = kind.replace("_", " ") + (" (meaning changed)" if kind in CHANGING else "") if loud else None if grey else f"{len(order) - 6} others"; grey += not loud
-        x, y = d["dose"] + .008 * width * (i - len(order) / 2), scale * d["value"]; ends = [(scale * (d["value"] - d["low"])).fillna(0), (scale * (d["high"] - d["value"])).fillna(0)]
-        ax.errorbar(x, y, yerr=ends, color=colours[place.index(kind) % 10] if loud else "0.7", marker="osD^vPX*<>hp8d"[place.index(kind) % 14] if loud else ".", ls="--" if kind in CHANGING else "-", ms=7, elinewidth=2 if loud else 1, lw=2 if loud else 1, zorder=3 - .1 * (not loud), label=said)
+        x, y = d["dose"] + .005 * width * (i - len(order) / 2), scale * d["value"]; ends = [(scale * (d["value"] - d["low"])).fillna(0), (scale * (d["high"] - d["value"])).fillna(0)]
+        ax.errorbar(x, y, yerr=ends, color=colours[place.index(kind) % 9] if loud else "0.7", marker="osD^vPX*<>hp8d"[place.index(kind) % 14] if loud else ".", ls="--" if kind in CHANGING else "-", ms=7, elinewidth=2 if loud else 1, lw=2 if loud else 1, zorder=3 - .1 * (not loud), label=said)
     if gone := list(rows.loc[rows["value"].isna(), "group"]): ax.text(.02, .02, "no value: " + ", ".join(gone), transform=ax.transAxes, style="italic", color="0.45", fontsize=11)
     ax.axhline(0, color="0.45", ls=":"); ax.set(xlabel="dose, %", ylabel=f"{_METRICS.get(metric, metric)}{', %' if scale > 1 else ''}, 95% interval")
     if len(order): ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0) if len(order) > 3 else ax.legend(loc="best")
