@@ -55,21 +55,21 @@ def test_series_for_large_groups_equals_the_exact_fit(monkeypatch):
 
 def test_gap_interval_reaches_zero_when_groups_are_alike_and_finds_a_large_gap():
     held, sure, seen = 0, 0, 0
-    for s in range(40):
+    for s in range(30):
         rng = np.random.default_rng(s); g, y = np.arange(400) % 4, (rng.random(400) < .3).astype(int)
         for blind in (False, True):
             x = rng.normal(y * (1.5 if not blind else np.where(g == 0, 0, 2.5)))
             found = at(fairness(table(y, expit(x), g.astype(str)), "g", n_boot=200, seed=s, measures="auroc")); e = found.loc[("auroc_gap", "g")]
             held += not blind and e["low"] == 0; seen += blind and e["low"] > 0; sure += not blind and found.loc[("auroc_gap_p", "g"), "value"] < .05
             assert e["low"] <= e["value"] <= e["high"] and (not blind or "worst of 4 groups: 0" in found.loc[("auroc_worst", "g"), "limitation"])
-    assert held >= 37 and seen >= 36 and sure <= 5
+    assert held >= 27 and seen >= 27 and sure <= 4
 
 def test_group_interval_covers_the_truth_and_a_planted_shift_is_found_in_calibration_only():
     covered = 0
-    for s in range(100):
-        f = at(fairness(drawn(900, 3, s, shift=.8), "g", n_boot=200, seed=s, measures=["auroc", "calibration_intercept"])); e = f.loc[("calibration_intercept", "g: a")]
+    for s in range(80):
+        f = at(fairness(drawn(600, 3, s, shift=.8), "g", n_boot=100, seed=s, measures=["auroc", "calibration_intercept"])); e = f.loc[("calibration_intercept", "g: a")]
         covered += e["low"] <= .8 <= e["high"]
-    assert 89 <= covered <= 99
+    assert 69 <= covered <= 80
     one = at(fairness(drawn(3000, 3, 1, shift=.8), "g", n_boot=200))
     assert one.loc[("calibration_intercept_gap", "g"), "low"] > .3 and one.loc[("calibration_intercept_gap_p", "g"), "value"] < .05 and one.loc[("auroc_gap", "g"), "low"] == 0
     assert "worst of 3 groups: a" in one.loc[("calibration_intercept_worst", "g"), "limitation"] and ("selection_rate_worst", "g") not in one.index

@@ -33,7 +33,7 @@ MATERIAL = {
 ATTRIBUTES = tuple(MATERIAL)
 _MATERIAL = {a: re.compile(rf"\b(?:{p})\b", re.I) for a, p in MATERIAL.items()}
 
-# %% ../../nbs/evaluation/counterfactual.ipynb #e1ca478c
+# %% ../../nbs/evaluation/counterfactual.ipynb #c641ea95
 _MEN = "father|dad|brother|son|grandfather|grandson|uncle|nephew|husband|boyfriend|stepfather|stepson"
 _WOMEN = "mother|mom|sister|daughter|grandmother|granddaughter|aunt|niece|wife|girlfriend|stepmother|stepdaughter"
 _RELATIVE = {"Male": re.compile(rf"\b(?:{_MEN}|cousin|neighbor|friend|partner|spouse|roommate|caregiver)(?:-in-law)?s?\b", re.I), "Female": re.compile(rf"\b(?:{_WOMEN}|cousin|neighbor|friend|partner|spouse|roommate|caregiver)(?:-in-law)?s?\b", re.I)}
@@ -50,7 +50,8 @@ PRONOUNS = ("he", "she", "his", "her", "him", "hers", "himself", "herself"); TIT
 
 def _sex_pattern(sex):
     "Words of one sex; titles before a name; M or F behind an age (99F is a temperature, MS a disease)"
-    words = "|".join(w for w in _TO[sex] if w not in TITLES); said = r"(?:1[89]|[2-9]\d|1[01]\d)\s?(?:yo|y/o|y\.o\.|-?\s?year-old)\s?"; bare = r"(?:1[89]|[2-9]\d|1[01]\d)" if sex == "Male" else r"(?:1[89]|[2-8]\d|9[0-4])"
+    words = "|".join(w for w in _TO[sex] if w not in TITLES); said = r"(?:1[89]|[2-9]\d|1[01]\d)\s?(?:yo|y/o|y\.o\.|-?\s?year-old)\s?"
+    bare = r"(?:1[89]|[2-9]\d|1[01]\d)" if sex == "Male" else r"(?:1[89]|[2-8]\d|9[0-4])"
     miss = "" if sex == "Male" else r"|Miss(?=\s+[A-Z])"
     titles = r"(?:Mr|mr|MR)" if sex == "Male" else r"(?:Mrs|mrs|MRS|Ms|(?<![\d\s]\s)(?<!\d)ms)"
     return re.compile(rf"\b(?P<title>{titles}(?=\.?\s+[A-Za-z]){miss})\b|\b(?P<word>(?i:{words}))\b|(?<![\w.])(?P<before>{said}|{bare}|(?i:sex|gender):\s?)(?P<letter>{sex[0]})\b(?![\d/°]|\s?\d)")
@@ -222,7 +223,7 @@ def content_kept(before,              # texts before, n strings; None where ther
     if attribute not in ATTRIBUTES: raise ParameterError(unknown_name("attribute", attribute, ATTRIBUTES))
     return np.array([_kept(a, b, attribute) for a, b in zip(before, after, strict=True)], dtype=bool)
 
-# %% ../../nbs/evaluation/counterfactual.ipynb #cc1e3658
+# %% ../../nbs/evaluation/counterfactual.ipynb #53cb3a3d
 def _shift(frame, w): return w @ (frame["y_prob_b"] - frame["y_prob"]).to_numpy() / w.sum(1)
 def _distance(frame, w): return w @ (frame["y_prob_b"] - frame["y_prob"]).abs().to_numpy() / w.sum(1)
 
@@ -230,7 +231,8 @@ def _which(clean, after):
     "Rows of `after` whose text changed, and a sentence on the others"
     if "changed" in after: moved = after["changed"].fillna(False).astype(bool)
     elif "source" in after and "source" in clean:
-        known = clean.set_index(["subject_id", "prediction_time"])["source"]; moved = after["source"].to_numpy() != known.reindex(pd.MultiIndex.from_frame(after[["subject_id", "prediction_time"]])).to_numpy()
+        known = clean.set_index(["subject_id", "prediction_time"])["source"]
+        moved = after["source"].to_numpy() != known.reindex(pd.MultiIndex.from_frame(after[["subject_id", "prediction_time"]])).to_numpy()
         moved = pd.Series(moved, index=after.index)
     else: return after, "whether each text was changed is not known (no column 'changed' or 'source')"
     return after[moved], f"{(~moved).sum()} of {len(after)} rows whose text did not change are left out" if (~moved).any() else ""
@@ -238,9 +240,12 @@ def _which(clean, after):
 def _one_swap(clean, after, variant, label, threshold, n_boot, seed, cell):
     "Rows of one variant and swap, and McNemar's p"
     new, still = _which(clean.of(variant), after.of(variant)); ok = lambda f: f[(f["status"] == "ok") & f["y_prob"].notna()]
-    both = pair(answered(clean, variant)[0], ok(new)[lambda f: f["label"].notna()]) if len(new) else clean.of(variant)[:0].assign(y_prob_b=np.nan); n = len(both)
-    asked = new.merge(ok(clean.of(variant))[["subject_id", "prediction_time"]], on=["subject_id", "prediction_time"]); gone = (asked["status"] != "ok") | asked["y_prob"].isna()
-    lost = f"{int(gone.sum())} of {len(asked)} rows answered before were not answered after" if gone.any() else ""; none = "undefined: no changed row was answered both times" if not n else ""
+    both = pair(answered(clean, variant)[0], ok(new)[lambda f: f["label"].notna()]) if len(new) else clean.of(variant)[:0].assign(y_prob_b=np.nan)
+    n = len(both)
+    asked = new.merge(ok(clean.of(variant))[["subject_id", "prediction_time"]], on=["subject_id", "prediction_time"])
+    gone = (asked["status"] != "ok") | asked["y_prob"].isna()
+    lost = f"{int(gone.sum())} of {len(asked)} rows answered before were not answered after" if gone.any() else ""
+    none = "undefined: no changed row was answered both times" if not n else ""
     up, down = ((both["y_prob_b"] >= threshold) & (both["y_prob"] < threshold)).to_numpy(), ((both["y_prob_b"] < threshold) & (both["y_prob"] >= threshold)).to_numpy()
     said = lambda *more: "; ".join(s for s in (none, *more, still, lost) if s)
     row = lambda metric, e, limitation, k=n: dict(dimension="fairness", metric=metric, variant=variant, value=e.value, low=e.low, high=e.high, n=k, group=label, cell=cell, limitation=limitation)
@@ -249,7 +254,7 @@ def _one_swap(clean, after, variant, label, threshold, n_boot, seed, cell):
     rows.append(row("withheld_rate", wilson(gone.astype(float), asked["subject_id"]), "; ".join(s for s in ("" if len(asked) else "undefined: no changed row was answered before", still) if s), len(asked)))
     return rows, (binomtest(int(up.sum()), int(up.sum() + down.sum())).pvalue if (up | down).any() else 1.) if n else float("nan"), row
 
-# %% ../../nbs/evaluation/counterfactual.ipynb #3a8d2d29
+# %% ../../nbs/evaluation/counterfactual.ipynb #78553545
 def counterfactual(clean: Predictions,          # predictions on the notes as they are
                    swapped: dict,               # label such as "sex: Female -> Male" -> `Predictions` of the same variants on the swapped notes
                    threshold: float = 0.2,      # alert at y_prob >= threshold, in (0, 1)
@@ -263,13 +268,14 @@ def counterfactual(clean: Predictions,          # predictions on the notes as th
     for label, after in swapped.items():
         if extra := [v for v in after.variants if v not in clean.variants]: raise TableError(f"swapped predictions {label!r}: {unknown_name('variant', extra[0], clean.variants)}")
     for v in clean.variants:
-        found = {label: _one_swap(clean, after, v, label, threshold, n_boot, seed, cell) for label, after in swapped.items() if v in after.variants}; fixed = holm([p for _, p, _ in found.values()])
+        found = {label: _one_swap(clean, after, v, label, threshold, n_boot, seed, cell) for label, after in swapped.items() if v in after.variants}
+        fixed = holm([p for _, p, _ in found.values()])
         for (label, (more, p, row)), q in zip(found.items(), fixed):
             note = "undefined: no changed row was answered both times" if np.isnan(p) else f"McNemar's exact test, rows taken as independent; {p:.3g} before Holm's adjustment over {len(found)} swaps"
             rows += [more[0], row("flip_p", Estimate(float(q)), note), *more[1:]]
     return Evidence(pd.DataFrame(rows))
 
-# %% ../../nbs/evaluation/counterfactual.ipynb #fe829119
+# %% ../../nbs/evaluation/counterfactual.ipynb #9d23721a
 def message_counterfactual(evidence,              # `Evidence` of `counterfactual`, or its frame
                            variant: str = "",     # the variant; "" takes the first
                            ) -> str:              # one sentence
@@ -277,7 +283,8 @@ def message_counterfactual(evidence,              # `Evidence` of `counterfactua
     frame = evidence.frame if isinstance(evidence, Evidence) else evidence; frame = frame[frame["variant"] == (variant or frame["variant"].iloc[0])]
     flips = frame[(frame["metric"] == "flip_rate") & frame["value"].notna()]
     if not len(flips): return "No swapped note was answered both times"
-    top = flips.loc[flips["value"].idxmax()]; name, shift = frame["variant"].iloc[0], frame[(frame["metric"] == "swap_shift") & (frame["group"] == top["group"])].iloc[0]
+    top = flips.loc[flips["value"].idxmax()]
+    name, shift = frame["variant"].iloc[0], frame[(frame["metric"] == "swap_shift") & (frame["group"] == top["group"])].iloc[0]
     if top["value"] == 0: return f"No swap flipped a decision of {name}: {spoken(top, 1, percent=True)} of n={int(flips['n'].sum()):,} changed notes"
     way = "raises" if shift["low"] > 0 else "lowers" if shift["high"] < 0 else "does not clearly move"
     return f"{top['group'].replace('->', '→')} flips {spoken(top, 1, percent=True)} of decisions of {name} (n={int(top['n']):,}) and {way} the mean risk"
@@ -289,14 +296,18 @@ def counterfactual_plot(evidence,                        # `Evidence` of `counte
     "One measure by swap and variant with 95% intervals"
     frame = evidence.frame if isinstance(evidence, Evidence) else evidence; rows = frame[frame["metric"] == metric]
     if not len(rows): raise TableError(unknown_name("metric in this evidence", metric, dict.fromkeys(frame["metric"])))
-    groups, names, colours = list(dict.fromkeys(rows["group"])), list(dict.fromkeys(rows["variant"])), theme(); ax = blank(1.6 + .35 * len(groups) * len(names), ax=ax)
+    groups, names, colours = list(dict.fromkeys(rows["group"])), list(dict.fromkeys(rows["variant"])), theme()
+    ax = blank(1.6 + .35 * len(groups) * len(names), ax=ax)
     for k, v in enumerate(names):
         for r in rows[rows["variant"] == v].itertuples():
             y = groups.index(r.group) + .7 * (k - (len(names) - 1) / 2) / len(names)
             if np.isnan(r.value): ax.text(.02, y, "no changed row was answered", transform=ax.get_yaxis_transform(), va="center", style="italic", color=GREY); continue
             if not np.isnan(r.low): ax.hlines(y, r.low, r.high, color=colours[k % 10], lw=2.5)
-            ax.plot(r.value, y, MARKERS[k % 8], color=colours[k % 10], ms=8, label=v if r.group == groups[0] else None); ax.text(1.02, y, spoken(r, 3), transform=ax.get_yaxis_transform(), va="center", fontsize=10)
+            ax.plot(r.value, y, MARKERS[k % 8], color=colours[k % 10], ms=8, label=v if r.group == groups[0] else None)
+            ax.text(1.02, y, spoken(r, 3), transform=ax.get_yaxis_transform(), va="center", fontsize=10)
     words = {"swap_shift": "change of probability", "swap_distance": "size of the change of probability", "flip_rate": "share of decisions flipped", "withheld_rate": "share no longer answered"}
-    ax.axvline(0, color=GREY, ls=":"); ax.set(yticks=range(len(groups)), yticklabels=[f"{g.replace('->', '→')}\n(n={rows[rows['group'] == g]['n'].max():,})" for g in groups], ylim=(len(groups) - .4, -.6), xlabel=f"{words.get(metric, metric)}, 95% interval"); ax.grid(axis="y", visible=False)
-    if len(names) > 1: ax.legend(loc="best")
+    ax.axvline(0, color=GREY, ls=":")
+    ax.set(yticks=range(len(groups)), yticklabels=[f"{g.replace('->', '→')}\n(n={rows[rows['group'] == g]['n'].max():,})" for g in groups], ylim=(len(groups) - .4, -.6), xlabel=f"{words.get(metric, metric)}, 95% interval")
+    ax.grid(axis="y", visible=False)
+    if len(names) > 1: ax.legend(loc="upper center", bbox_to_anchor=(.45, -.32), ncol=3)
     return entitle(ax, title or message_counterfactual(frame))

@@ -64,11 +64,12 @@ def hidden_counts(sizes: dict,     # group -> patients in it
     if len(small) == 1 and rest: small[min(rest, key=sizes.get)] = f"n not shown: it would give away a count <{SMALLEST_COUNT}"
     return small
 
-# %% ../../nbs/evaluation/fairness.ipynb #65bd3b29
+# %% ../../nbs/evaluation/fairness.ipynb #c3077496
 class _Sorted:
     "Rows in order of group, outcome and probability, and where each stretch begins"
     def __init__(self, frame, column, threshold):
-        code, names = pd.factorize(frame[column].fillna("unknown").astype(str), sort=True); y, p = frame["label"].to_numpy() == 1, frame["y_prob"].to_numpy("float64")
+        code, names = pd.factorize(frame[column].fillna("unknown").astype(str), sort=True)
+        y, p = frame["label"].to_numpy() == 1, frame["y_prob"].to_numpy("float64")
         order = np.lexsort((p, y, code)); self.names, self.p, self.y = [str(g) for g in names], p[order], y[order].astype("float64")
         self.subject_id, self.weight = frame["subject_id"].to_numpy()[order], frame["weight"].to_numpy("float64")[order] if "weight" in frame else None
         key = 4 * code[order] + 2 * y[order] + (self.p >= threshold); self.x = np.log((q := self.p.clip(CLIP, 1 - CLIP)) / (1 - q))
@@ -165,7 +166,7 @@ def _resampled(rows: _Sorted, measures, n_boot, seed):
             for m in measures: found[m].append(got[m])
     return {m: (v[0][0], np.concatenate(v[1:]) if len(v) > 1 else np.zeros((0, len(rows.names)))) for m, v in found.items()}
 
-# %% ../../nbs/evaluation/fairness.ipynb #aea4889d
+# %% ../../nbs/evaluation/fairness.ipynb #dd3f75e4
 GAP_NOTE = "largest minus smallest of {k} groups ({names}): biased upward by chance, the lower end of the interval allows for it"
 BADNESS = {"auroc": lambda v: -v, "true_positive_rate": lambda v: -v, "false_positive_rate": lambda v: v, "positive_predictive_value": lambda v: -v,
            "brier_loss": lambda v: v, "calibration_intercept": abs, "calibration_slope": lambda v: abs(v - 1)}      # the selection rate has no better end
@@ -183,13 +184,16 @@ def _gap(point, drawn, n: int):
     size, chance = _span(point[None])[0], _span(drawn - point); gap = distance_interval(size, _span(drawn), chance, n)
     if not (point >= 0).all() or not point.max() > 0: return gap, Estimate(float("nan"), n=n), _p(size, chance)
     with np.errstate(divide="ignore", invalid="ignore"):
-        logs, at = np.log(drawn), np.log(point); far = distance_interval(_span(at[None])[0], _span(logs), _span(logs - at), n) if (point > 0).all() else Estimate(float("nan"))
+        logs, at = np.log(drawn), np.log(point)
+        far = distance_interval(_span(at[None])[0], _span(logs), _span(logs - at), n) if (point > 0).all() else Estimate(float("nan"))
     ratio = Estimate(float(point.min() / point.max()), float(np.exp(-far.high)), float(np.exp(-far.low)), n)
     return gap, ratio, _p(size, chance)
 
-# %% ../../nbs/evaluation/fairness.ipynb #e939396a
+# %% ../../nbs/evaluation/fairness.ipynb #6f907b74
 def _row(metric, variant, e, group, cell, limitation, n=None):
-    return dict(dimension="fairness", metric=metric, variant=variant, value=e.value, low=e.low, high=e.high, n=e.n if n is None else n, group=group, unit=UNITS.get(metric.replace("_gap", "").replace("_worst", "").replace("_difference", ""), ""), cell=cell, limitation=limitation)
+    unit = next((u for m, u in UNITS.items() if metric.removeprefix(m) in ("", "_gap", "_worst", "_difference")), "")
+    return dict(dimension="fairness", metric=metric, variant=variant, value=e.value, low=e.low, high=e.high, n=e.n if n is None else n,
+                group=group, unit=unit, cell=cell, limitation=limitation)
 
 def _said(*notes): return "; ".join(s for s in notes if s)
 
@@ -206,33 +210,38 @@ def _column(frame, column, variant, left_out, measures, rules, n_boot, seed, cel
     "Rows of one variant and one group column, and the p-value of each gap"
     groups, (threshold, *_) = _Groups(frame, column, *rules), rules; sorted_, rows, ps = _Sorted(frame, column, threshold), [], {}
     for measure, (point, drawn) in _resampled(sorted_, measures, n_boot, seed).items():
-        why, at = groups.why(measure), f"alert at {threshold:.2f}" if measure in AT_THRESHOLD else ""; shown = [g for g in groups.names if not why[g]]; found = {}
+        why, at = groups.why(measure), f"alert at {threshold:.2f}" if measure in AT_THRESHOLD else ""; shown = [g for g in groups.names if not why[g]]
+        found = {}
         for i, g in enumerate(groups.names):
             e = found[g] = (interval(point[i], drawn[:, i], len(frame)) if not why[g] else Estimate(float("nan")))._replace(n=groups.count(g))
             said = _said(why[g], groups.hide.get(g, ""), left_out) if why[g] else cautions(groups.parts[g], e, left_out, at, groups.hide.get(g, ""))
             rows.append(_row(measure, variant, e, f"{column}: {g}", cell, said))
-        inside = [groups.names.index(g) for g in shown]; n = sum(len(groups.parts[g]) for g in shown); gone = f"{len(groups.names) - len(shown)} of {len(groups.names)} groups withheld and not in the gap" if len(shown) < len(groups.names) else ""
+        inside = [groups.names.index(g) for g in shown]; n = sum(len(groups.parts[g]) for g in shown)
+        gone = f"{len(groups.names) - len(shown)} of {len(groups.names)} groups withheld and not in the gap" if len(shown) < len(groups.names) else ""
         rows += _gap_rows(measure, variant, column, shown, found, point[inside], drawn[:, inside], n, at, gone, left_out, cell, ps)
     return rows, ps
 
-# %% ../../nbs/evaluation/fairness.ipynb #62bfe232
+# %% ../../nbs/evaluation/fairness.ipynb #1e86cd07
 def _gap_rows(measure, variant, column, shown, found, point, drawn, n, at, gone, left_out, cell, ps):
     "Gap, ratio and worst group of one measure"
     none = Estimate(float("nan"), n=n)
     if len(shown) < 2 or not np.isfinite(point).all():
         why = "undefined: fewer than two groups are large enough" if len(shown) < 2 else "undefined: " + ", ".join(g for g, v in zip(shown, point) if not np.isfinite(v)) + " has no value"
         return [_row(f"{measure}_gap", variant, none, column, cell, _said(why, gone, left_out))]
-    gap, ratio, ps[measure] = _gap(point, drawn, n); low, high = shown[int(np.argmin(point))], shown[int(np.argmax(point))]; ends = f"lowest {low} {point.min():.3f}, highest {high} {point.max():.3f}"
+    gap, ratio, ps[measure] = _gap(point, drawn, n); low, high = shown[int(np.argmin(point))], shown[int(np.argmax(point))]
+    ends = f"lowest {low} {point.min():.3f}, highest {high} {point.max():.3f}"
     rows = [_row(f"{measure}_gap", variant, gap, column, cell, _said(at, GAP_NOTE.format(k=len(shown), names=", ".join(shown)), ends, gone, left_out))]
     if not measure.startswith("calibration"):
         zero = "" if np.isfinite(ratio.value) and ratio.value > 0 else "no interval: the smallest value is 0" if ratio.value == 0 else "undefined: all values are 0"
-        rows.append(_row(f"{measure}_ratio", variant, ratio, column, cell, _said(at, f"smallest over largest of {len(shown)} groups: biased downward by chance, the upper end of the interval allows for it", ends, zero, gone, left_out)))
+        rows.append(_row(f"{measure}_ratio", variant, ratio, column, cell,
+                         _said(at, f"smallest over largest of {len(shown)} groups: biased downward by chance, the upper end of the interval allows for it", ends, zero, gone, left_out)))
     if measure in BADNESS:
         worst = shown[int(np.argmax(BADNESS[measure](point)))]
-        rows.append(_row(f"{measure}_worst", variant, found[worst], column, cell, _said(at, f"worst of {len(shown)} groups: {worst}; picked after looking, so probably somewhat better on new patients", gone, left_out)))
+        rows.append(_row(f"{measure}_worst", variant, found[worst], column, cell, _said(at,
+                         f"worst of {len(shown)} groups: {worst}; picked after looking, so probably somewhat better on new patients", gone, left_out)))
     return rows
 
-# %% ../../nbs/evaluation/fairness.ipynb #af291414
+# %% ../../nbs/evaluation/fairness.ipynb #70278db3
 def _checked(predictions, groups, measures, threshold):
     "The columns asked for, with pairs of columns crossed; and errors for what is unknown"
     groups = [groups] if isinstance(groups, str) else list(groups)
@@ -256,12 +265,13 @@ def _failures(predictions, variant, columns, rules, measures, n_boot, seed, cell
         for g, i in sorted(known.groupby(known).indices.items()):
             small = sizes[g] < rules[1]; e = Estimate(float("nan")) if small else wilson(ok.iloc[i], every["subject_id"].iloc[i])
             rows.append(_row("answered_rate", variant, e, f"{column}: {g}", cell, _said(f"withheld: fewer than {rules[1]} patients" if small else "", hide.get(g, "")), n=0 if g in hide else len(i)))
-        worst = worst_case(predictions, variant); said = f"{(worst['status'] != 'ok').sum()} of {len(every)} rows were not ok and are counted as wrong" if len(worst) else ""
+        worst = worst_case(predictions, variant)
+        said = f"{(worst['status'] != 'ok').sum()} of {len(every)} rows were not ok and are counted as wrong" if len(worst) else ""
         gaps = _column(worst, column, variant, said, measures, rules, n_boot, seed, cell)[0] if len(worst) else []
         rows += [r | dict(group=f"{column}; {WORST}") for r in gaps if r["metric"].endswith("_gap")]
     return rows
 
-# %% ../../nbs/evaluation/fairness.ipynb #c35e5ef9
+# %% ../../nbs/evaluation/fairness.ipynb #e68469e3
 def fairness(predictions: Predictions,      # predictions of one or more variants, with the group columns
              groups,                        # names of group columns, such as ["sex", "language"]; a pair of names is crossed
              min_cell: int = 20,            # fewest patients of a group whose values are shown, >= 1
@@ -273,19 +283,21 @@ def fairness(predictions: Predictions,      # predictions of one or more variant
              measures=MEASURES,             # which of `MEASURES`
              ) -> Evidence:                 # per variant, column and measure: a row a group ("sex: Female"), then `_gap`, `_ratio`, `_worst` and `_gap_p` ("sex")
     "Each measure by group, its gaps, ratios and worst groups, with small cells withheld"
-    measures = [measures] if isinstance(measures, str) else list(measures); predictions, columns = _checked(predictions, groups, measures, threshold); rules, rows = (threshold, min_cell, min_events), []
+    measures = [measures] if isinstance(measures, str) else list(measures); predictions, columns = _checked(predictions, groups, measures, threshold)
+    rules, rows = (threshold, min_cell, min_events), []
     for v in predictions.variants:
         frame, left_out = answered(predictions, v); ps = {}
         for column in columns:
             if not len(frame): rows += [_row(f"{m}_gap", v, Estimate(float("nan")), column, cell, _said("undefined: no rows were answered", left_out)) for m in measures]; continue
-            more, p = _column(frame, column, v, left_out, measures, rules, n_boot, seed, cell); rows += more; ps |= {(column, m): value for m, value in p.items()}
+            more, p = _column(frame, column, v, left_out, measures, rules, n_boot, seed, cell); rows += more
+            ps |= {(column, m): value for m, value in p.items()}
         for (column, m), raw, p in zip(ps, ps.values(), holm(list(ps.values()))):
             said = _said("undefined: too few resamples" if np.isnan(p) else f"by resampling; {raw:.3g} before Holm's adjustment over the {len(ps)} gaps of this variant")
             rows.append(_row(f"{m}_gap_p", v, Estimate(float(p)), column, cell, said, n=len(frame)))
         rows += _failures(predictions, v, columns, rules, measures, n_boot, seed, cell)
     return Evidence(pd.DataFrame(rows))
 
-# %% ../../nbs/evaluation/fairness.ipynb #2afe9a05
+# %% ../../nbs/evaluation/fairness.ipynb #3966eb75
 def pairs(predictions: Predictions,      # predictions of one or more variants
           column,                        # group column, such as "language", or a pair of them
           measure: str = "auroc",        # one of `MEASURES`
@@ -301,28 +313,36 @@ def pairs(predictions: Predictions,      # predictions of one or more variants
     for v in predictions.variants:
         frame, left_out = answered(predictions, v)
         if not len(frame): rows.append(_row(f"{measure}_difference", v, Estimate(float("nan")), column, cell, _said("undefined: no rows were answered", left_out))); continue
-        groups = _Groups(frame, column, threshold, min_cell, min_events); why = groups.why(measure); point, drawn = _resampled(_Sorted(frame, column, threshold), [measure], n_boot, seed)[measure]
-        asked = [(a, b, groups.names.index(a), groups.names.index(b)) for a, b in combinations(groups.names, 2)]; closed = {(a, b): next((f"{g}: {why[g]}" for g in (a, b) if why[g]), "") for a, b, *_ in asked}
-        p = [_p(abs(point[i] - point[j]), abs(drawn[:, i] - drawn[:, j] - point[i] + point[j])) if not closed[a, b] else np.nan for a, b, i, j in asked]; k = int(np.isfinite(p).sum())
+        groups = _Groups(frame, column, threshold, min_cell, min_events); why = groups.why(measure)
+        point, drawn = _resampled(_Sorted(frame, column, threshold), [measure], n_boot, seed)[measure]
+        asked = [(a, b, groups.names.index(a), groups.names.index(b)) for a, b in combinations(groups.names, 2)]
+        closed = {(a, b): next((f"{g}: {why[g]}" for g in (a, b) if why[g]), "") for a, b, *_ in asked}
+        p = [_p(abs(point[i] - point[j]), abs(drawn[:, i] - drawn[:, j] - point[i] + point[j])) if not closed[a, b] else np.nan for a, b, i, j in asked]
+        k = int(np.isfinite(p).sum())
         for (a, b, i, j), raw, fixed in zip(asked, p, holm(p)):
-            n = 0 if a in groups.hide or b in groups.hide else len(groups.parts[a]) + len(groups.parts[b]); e = Estimate(float("nan"), n=n) if closed[a, b] else interval(point[i] - point[j], drawn[:, i] - drawn[:, j], n)
-            none = closed[a, b] or ("undefined: a group has no value" if np.isnan(e.value) else ""); name, at = f"{column}: {a} - {b}", f"alert at {threshold:.2f}" if measure in AT_THRESHOLD else ""
+            n = 0 if a in groups.hide or b in groups.hide else len(groups.parts[a]) + len(groups.parts[b])
+            e = Estimate(float("nan"), n=n) if closed[a, b] else interval(point[i] - point[j], drawn[:, i] - drawn[:, j], n)
+            none = closed[a, b] or ("undefined: a group has no value" if np.isnan(e.value) else "")
+            name, at = f"{column}: {a} - {b}", f"alert at {threshold:.2f}" if measure in AT_THRESHOLD else ""
             rows.append(_row(f"{measure}_difference", v, e, name, cell, _said(none, at, left_out)))
-            rows.append(_row(f"{measure}_difference_p", v, Estimate(float(fixed), n=n), name, cell, _said(none or ("undefined: too few resamples" if np.isnan(fixed) else f"by resampling; {raw:.3g} before Holm's adjustment over {k} pairs"), left_out)))
+            how = "undefined: too few resamples" if np.isnan(fixed) else f"by resampling; {raw:.3g} before Holm's adjustment over {k} pairs"
+            rows.append(_row(f"{measure}_difference_p", v, Estimate(float(fixed), n=n), name, cell, _said(none or how, left_out)))
         if not asked: rows.append(_row(f"{measure}_difference", v, Estimate(float("nan")), column, cell, _said("undefined: there is one group only", left_out)))
     return Evidence(pd.DataFrame(rows))
 
-# %% ../../nbs/evaluation/fairness.ipynb #0519f895
+# %% ../../nbs/evaluation/fairness.ipynb #a57c3202
 def fairness_table(evidence,            # `Evidence` of `fairness`, or its frame
                    measure: str,        # one of `MEASURES`
                    variant: str = "",   # the variant; "" takes the first
                    ) -> pd.DataFrame:   # a row a group: column, group, value, low, high, n, count (n in words), withheld (why, or "")
     "The rows of one measure by group, ready to draw"
-    rows = evidence.frame if isinstance(evidence, Evidence) else pd.DataFrame(evidence); rows = rows[(rows["metric"] == measure) & rows["group"].str.contains(": ") & (rows["dimension"] == "fairness")]
-    if not len(rows): raise TableError(f"no rows of {measure!r} by group in this evidence. Known metrics: {', '.join(dict.fromkeys((evidence.frame if isinstance(evidence, Evidence) else evidence)['metric'])) or 'none'}.")
+    every = evidence.frame if isinstance(evidence, Evidence) else pd.DataFrame(evidence)
+    rows = every[(every["metric"] == measure) & every["group"].str.contains(": ") & (every["dimension"] == "fairness")]
+    if not len(rows): raise TableError(f"no rows of {measure!r} by group in this evidence. Known metrics: {', '.join(dict.fromkeys(every['metric'])) or 'none'}.")
     names = list(dict.fromkeys(rows["variant"])); variant = variant or names[0]
     if variant not in names: raise TableError(unknown_name("variant", variant, names))
-    rows = rows[rows["variant"] == variant].reset_index(drop=True); parts = rows["group"].str.split(": ", n=1, expand=True); said = rows["limitation"].fillna("")
+    rows = rows[rows["variant"] == variant].reset_index(drop=True); parts = rows["group"].str.split(": ", n=1, expand=True)
+    said = rows["limitation"].fillna("")
     count = np.select([said.str.contains("n <11"), said.str.contains("n not shown")], ["n <11", "n not shown"], [f"n={n:,}" for n in rows["n"]])
     why = [next((s for s in t.split("; ") if s.startswith(("withheld", "undefined"))), "no value") if np.isnan(v) else "" for t, v in zip(said, rows["value"])]
     return pd.DataFrame(dict(column=parts[0], group=parts[1], value=rows["value"], low=rows["low"], high=rows["high"], n=rows["n"], count=count, withheld=why))
@@ -334,27 +354,31 @@ def message_fairness_forest(evidence,              # `Evidence` of `fairness`, o
                             variant: str = "",     # the variant; "" takes the first
                             ) -> str:              # one sentence
     "The widest gap of a measure, between whom, and whether chance may have made it"
-    frame = evidence.frame if isinstance(evidence, Evidence) else evidence; variant = variant or frame["variant"].iloc[0]; f = frame[(frame["variant"] == variant) & ~frame["group"].str.contains(WORST)]
+    frame = evidence.frame if isinstance(evidence, Evidence) else evidence; variant = variant or frame["variant"].iloc[0]
+    f = frame[(frame["variant"] == variant) & ~frame["group"].str.contains(WORST)]
     gaps = f[(f["metric"] == f"{measure}_gap") & f["value"].notna()]
     if not len(gaps): return f"No two groups are large enough to compare {_worded(measure)}"
-    g = gaps.loc[gaps["value"].idxmax()]; t = fairness_table(f, measure, variant); t = t[(t["column"] == g["group"]) & t["value"].notna()]; low, high = t.loc[t["value"].idxmin()], t.loc[t["value"].idxmax()]
-    p = f[(f["metric"] == f"{measure}_gap_p") & (f["group"] == g["group"])]["value"]; sure = "chance alone may explain it" if not g["low"] > 0 or (len(p) and p.iloc[0] >= .05) else "more than chance"
+    g = gaps.loc[gaps["value"].idxmax()]; t = fairness_table(f, measure, variant); t = t[(t["column"] == g["group"]) & t["value"].notna()]
+    low, high = t.loc[t["value"].idxmin()], t.loc[t["value"].idxmax()]
+    p = f[(f["metric"] == f"{measure}_gap_p") & (f["group"] == g["group"])]["value"]
+    sure = "chance alone may explain it" if not g["low"] > 0 or (len(p) and p.iloc[0] >= .05) else "more than chance"
     return f"The widest gap in {_worded(measure)} is by {g['group'].replace('_', ' ')}: {low['group']} {low['value']:.2f}, {high['group']} {high['value']:.2f}, gap {spoken(g)}, n={int(g['n']):,}; {sure}"
 
-# %% ../../nbs/evaluation/fairness.ipynb #a48f8805
+# %% ../../nbs/evaluation/fairness.ipynb #808f965e
 def fairness_forest(evidence,            # `Evidence` of `fairness`, or its frame
                     measure: str = "auroc",   # one of `MEASURES`
                     variant: str = "",   # the variant to draw; "" takes the first
                     title: str = "",     # the message; "" computes it
                     ax=None):            # axes to draw on; None makes new ones
     "One measure by group with 95% intervals and n, group columns under each other"
-    t = fairness_table(evidence, measure, variant); columns = list(dict.fromkeys(t["column"])); colours = theme(); ax = blank(1.4 + .4 * len(t) + .45 * len(columns), ax=ax)
+    t = fairness_table(evidence, measure, variant); columns = list(dict.fromkeys(t["column"])); colours = theme()
+    ax = blank(1.4 + .4 * len(t) + .45 * len(columns), ax=ax)
     y, ticks, labels, right = 0, [], [], dict(transform=ax.get_yaxis_transform(), va="center", fontsize=10)
     for k, c in enumerate(columns):
         d = t[t["column"] == c]; ticks.append(y); labels.append(c.replace("_", " ").upper()); top = y + .5; y += 1
         for r in d.itertuples():
             ticks.append(y); labels.append(f"{r.group} ({r.count})" if len(str(r.group)) < 26 else f"{str(r.group)[:24]}… ({r.count})")
-            if np.isnan(r.value): ax.text(.02, y, r.withheld, style="italic", color=GREY, **right)
+            if np.isnan(r.value): ax.text(.02, y, r.withheld, style="italic", color=GREY, bbox=dict(facecolor="white", lw=0, pad=1), **right)
             else:
                 if not np.isnan(r.low): ax.hlines(y, r.low, r.high, color=colours[k % 10], lw=2.5)
                 ax.plot(r.value, y, MARKERS[k % 8], color=colours[k % 10], ms=8); ax.text(1.02, y, spoken(r), **right)
