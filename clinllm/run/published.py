@@ -22,7 +22,7 @@ PUBLISHED = yaml.safe_load((files("clinllm.run") / "published.yaml").read_text(e
 __all__ = ['PUBLISHED', 'VERDICTS', 'PEERS', 'ORDERS', 'NotHere', 'Check', 'figure', 'run_check', 'aci_bench', 'pubmedqa',
            'examples', 'peers', 'classic_epsilon', 'privacy']
 
-# %% ../../nbs/run/published.ipynb #27742d95
+# %% ../../nbs/run/published.ipynb #2f9f1412
 VERDICTS = ("match", "differs", "not checked")
 
 class NotHere(ClinllmError): "Data or a package that a check needs is not on this machine"
@@ -37,7 +37,7 @@ class Check:
     low: float              # smallest figure that agrees
     high: float             # largest figure that agrees
     compute: Callable       # function without arguments to our figure
-    note: str = ""          # what to know about it
+    note: str = ""          # what to know about it; or a function without arguments that says so afterwards
 
 def figure(group, name, source, published, decimals, compute, slack=None, note="") -> Check:
     "A check of a figure that was given to some decimals"
@@ -50,8 +50,8 @@ def run_check(check: Check) -> dict:
     try: found = float(check.compute())
     except (NotHere, ImportError) as e: return row | dict(verdict="not checked", reason=str(e) if isinstance(e, NotHere) else f"{e}. Run: pip install 'clinllm[test]'")
     except Exception as e: return row | dict(verdict="differs", reason=f"the computation failed: {type(e).__name__}: {str(e)[:200]}")
-    agrees = check.low <= found <= check.high
-    reason = check.note if agrees else "; ".join(s for s in ("no number came out" if np.isnan(found) else f"found {found:.6g}, must lie between {check.low:.6g} and {check.high:.6g}", check.note) if s)
+    agrees = check.low <= found <= check.high; note = check.note() if callable(check.note) else check.note
+    reason = note if agrees else "; ".join(s for s in ("no number came out" if np.isnan(found) else f"found {found:.6g}, must lie between {check.low:.6g} and {check.high:.6g}", note) if s)
     return row | dict(found=found, verdict="match" if agrees else "differs", reason=reason)
 
 # %% ../../nbs/run/published.ipynb #f00f4f4b
