@@ -67,7 +67,7 @@ def _draw_codes(n):
     while len(codes) < n: codes.add("".join(secrets.choice("BCDFGHJKLMNPQRSTVWXZ") for _ in range(5)))
     codes = list(codes); secrets.SystemRandom().shuffle(codes); return codes
 
-# %% ../../nbs/evaluation/review.ipynb #8f300c4f
+# %% ../../nbs/evaluation/review.ipynb #1fd0862a
 def blind(items,                      # `Predictions` with `text`, or a frame with `subject_id`, `variant`, `text`; also used: `prediction_time`, `source`, `reference`, `status`
           folder,                     # new folder for the raters
           key=None,                   # file for the key; None puts it beside the folder as NAME-key.csv
@@ -75,6 +75,7 @@ def blind(items,                      # `Predictions` with `text`, or a frame wi
           n_cases: int | None = None, # review a random sample of so many cases, all variants of each; None takes all
           show_reference: bool = False,   # let raters see the reference answer
           seed: int = 42,             # seed of the sample and of each rater's order; codes never depend on it
+          data: str = "",             # where the patients come from, as experiments name it, such as "synthetic"; the roadmap then shows the ratings with the other evidence on them
           ) -> Path:                  # the key
     "Split answers into a folder that raters may see and a key that they may not"
     frame, case = _table(items); folder, key = Path(folder), Path(key) if key else Path(f"{Path(folder)}-key.csv")
@@ -89,7 +90,7 @@ def blind(items,                      # `Predictions` with `text`, or a frame wi
     _write(key, frame[["item", *case, "variant", "status"]].to_csv(index=False))
     columns = [c for c in ("text", "source", *(["reference"] if show_reference else [])) if c in shown]
     _write(folder / "items.jsonl", "".join(json.dumps({k: v for k, v in r.items() if k == "item" or isinstance(v, str)}, ensure_ascii=False) + "\n" for r in shown[["item", *columns]].to_dict("records")))
-    _write(folder / "study.json", json.dumps(dict(dimensions=asked, scale=SCALE, seed=seed, items=int(good.sum())), indent=1))      # last: a folder with it is complete
+    _write(folder / "study.json", json.dumps(dict(dimensions=asked, scale=SCALE, seed=seed, items=int(good.sum()), data=data), indent=1))      # last: a folder with it is complete
     return key
 
 def _statements(dimensions):

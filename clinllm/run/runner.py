@@ -20,7 +20,7 @@ from .store import check_model, code_fingerprint, data_fingerprint, land, model_
 # %% auto #0
 __all__ = ['Job', 'grid_points', 'source_lacks', 'make_plan', 'execute_run', 'Show', 'prepare', 'run_jobs', 'run_experiments']
 
-# %% ../../nbs/run/runner.ipynb #3c2e98d6
+# %% ../../nbs/run/runner.ipynb #69edd399
 @dataclass
 class Job:
     "A run in the plan"
@@ -37,7 +37,7 @@ class Job:
     folder: Path | None = None          # where it landed
 
     @property
-    def source(self) -> str: return self.values.get("data", "synthetic")
+    def source(self) -> str: return f"review {Path(self.values['ratings']).name}".strip() if "ratings" in self.values else self.values.get("data", "synthetic")
     @property
     def name(self) -> str: return f"{self.experiment.name} · {self.source}"
     @property
@@ -69,20 +69,20 @@ def _check_names(chosen: list, given) -> dict:
         if name not in everywhere: raise ParameterError(f"{', '.join(has)}: {unknown_name('parameter', name, everywhere)}")
     return has
 
-# %% ../../nbs/run/runner.ipynb #9dbd4e52
-def source_lacks(need: str,             # what an experiment needs; only "notes" is known
+# %% ../../nbs/run/runner.ipynb #5d8a8e95
+def source_lacks(need: str,             # what an experiment needs of a source; only "notes" is known
                  source: str,           # a known source or a folder
                  settings: Settings,    # the study's settings
                  ) -> str:              # the reason to leave the source out; empty where it has what is needed
     "Why a source cannot serve an experiment"
-    if need != "notes": raise ParameterError(f"header line `needs`: {unknown_name('need', need, ['notes'])}")
+    if need != "notes": raise ParameterError(f"header line `needs`: {unknown_name('need', need, ['notes', 'ratings'])}")
     if source in NAMED: return "" if NAMED[source] else f"{source} has no notes"
     import polars as pl
     files = sorted(source_folder(source, settings.root).rglob("*.parquet"))
     has = any("code" in pl.read_parquet_schema(f) and len(pl.scan_parquet(f).filter(pl.col("code").str.starts_with("NOTE//")).head(1).collect()) for f in files)
     return "" if has else f"{source} has no notes"
 
-# %% ../../nbs/run/runner.ipynb #335aba1b
+# %% ../../nbs/run/runner.ipynb #07d8c6a7
 def make_plan(names=(),                 # experiments; all when empty
               params: dict = {},        # parameter → value or text, from the command line
               grid: dict = {},          # parameter → list of values or texts
@@ -109,12 +109,14 @@ def _values_for(e: Experiment, has: list, params: dict, points: list, settings: 
         values = resolve_values(e.path, settings, given)
         if values in seen: continue
         seen.append(values)
-        yield source, values, _lacks(e, values.get("data", "synthetic"), fixed, settings)
+        yield source, values, _lacks(e, values, fixed, settings)
 
-def _lacks(e: Experiment, source: str, fixed: bool, settings: Settings) -> str:
+def _lacks(e: Experiment, values: dict, fixed: bool, settings: Settings) -> str:
     "Why an experiment cannot run on a source; empty where it can, or where the user insists"
+    source = values.get("data", "synthetic")
+    if "ratings" in e.needs and not values.get("ratings"): return f"needs ratings; make them with evaluation.review, then: clinllm run {e.name} -p ratings=FOLDER"
     if holds_predictions(source, settings.root): return "" if e.after else f"{source} is a table of predictions without patients; only experiments that judge predictions can use it, such as evaluation"
-    return "" if fixed else next(filter(None, (source_lacks(n, source, settings) for n in e.needs)), "")
+    return "" if fixed else next(filter(None, (source_lacks(n, source, settings) for n in e.needs if n != "ratings")), "")
 
 # %% ../../nbs/run/runner.ipynb #aa1b86b8
 def _reads(job: Job, jobs: list) -> list:
