@@ -14,14 +14,14 @@ from .errors import SettingsError, unknown_name
 # %% auto #0
 __all__ = ['SCHEMA', 'USES', 'CHOICES', 'RANGES', 'project_root', 'source_folder', 'Settings', 'load_settings', 'set_seed']
 
-# %% ../../nbs/core/settings.ipynb #e68670fb
+# %% ../../nbs/core/settings.ipynb #5fc9fd14
 SCHEMA = {
     "study": dict(name="Readmission study", use="clinical decision support", owner="", seed=42),
     "data": dict(sources="synthetic, mimic-iv-demo", n_patients=2000, cache="data/cache"),
     "model": dict(name="smollm2-135m-instruct", revision="", batch_size=8, timeout=60.0, retries=3),
     "task": dict(name="readmission_30d", horizon_days=30, validation=0.2, test=0.3, split_by="random"),
     "gates": dict(min_patients=100, min_cell=20, min_gain=0.0, min_auroc=0.70, min_calibration_slope=0.8, max_calibration_slope=1.25,
-                  min_net_benefit_gain=0.0, max_auroc_gap=0.10, max_auroc_drop=0.05, max_seconds_per_prediction=1.0, max_alerts_per_100=30.0),
+                  min_net_benefit_gain=0.0, max_auroc_gap=0.10, max_auroc_drop=0.05, max_flip_rate=0.10, max_injection_success=0.10, max_seconds_per_prediction=1.0, max_alerts_per_100=30.0),
     "network": dict(allow=""),
     "site": dict(title="clinllm", port=8000),
 }

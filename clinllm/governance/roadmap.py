@@ -147,7 +147,7 @@ class Judgement:
     @property
     def passed(self) -> bool: return self.verdict in ("pass", "pass with conditions")
 
-# %% ../../nbs/governance/roadmap.ipynb #bc34799d
+# %% ../../nbs/governance/roadmap.ipynb #a0e5c546
 ROW_COLUMNS = ["criterion", "sentence", "required", "rule", "data", "kind", "variant", "group", "value", "low", "high", "n", "unit", "experiment", "run_id", "cell", "status", "note"]
 
 def candidate_on(rows: pd.DataFrame,    # the ledger of one source
@@ -159,7 +159,7 @@ def candidate_on(rows: pd.DataFrame,    # the ledger of one source
 def evidence_for(criterion: Criterion, rows: pd.DataFrame, candidate: str) -> pd.DataFrame:
     "Rows of the ledger that a criterion points at"
     if not criterion.metric or ("{candidate}" in str(criterion.variant) and not candidate): return rows[:0]
-    return choose(rows, metric=criterion.metric, variant=str(criterion.variant).replace("{candidate}", candidate), group=criterion.group, experiment=criterion.experiment)
+    return choose(rows, metric=criterion.metric, variant=str(criterion.variant).replace("{candidate}", candidate), group=criterion.group, experiment=criterion.experiment, dimension=criterion.dimension or "*")
 
 def _in_words(criterion, limits):
     return RULES.get(criterion.rule, "").format(*(f"{t:g}" for t in thresholds(criterion, limits)))
