@@ -5,7 +5,7 @@ from scipy.stats import binomtest
 from clinllm.core.errors import DataError, ParameterError, TableError
 from clinllm.core.tables import Predictions
 from clinllm.ehr.hospital import make_hospital
-from clinllm.evaluation.counterfactual import ATTRIBUTES, LANGUAGES, content_kept, counterfactual, counterfactual_plot, message_counterfactual, patient_sex, swap
+from clinllm.evaluation.counterfactual import ATTRIBUTES, LANGUAGES, VALUES, content_kept, counterfactual, counterfactual_plot, message_counterfactual, patient_sex, swap
 
 TO_MALE = {"She gave her consent.": "He gave his consent.", "HER BP IS LOW.": "HIS BP IS LOW.", "We told her that her results are normal.": "We told him that his results are normal.",
            "PT found her safe.": "PT found him safe.", "She hurt herself; the bag is hers.": "He hurt himself; the bag is his.", "Mrs. Hill is a 54-year-old lady.": "Mr. Hill is a 54-year-old gentleman.",
@@ -93,3 +93,11 @@ def test_edges():
     with pytest.raises(TableError, match="variant"): counterfactual(table([.3]), {"a": table([.3], variant="n")})
     with pytest.raises(ParameterError): counterfactual(table([.3]), {}, threshold=0)
     with pytest.raises(DataError): swap(["a", "b"], "sex", ["Male"])
+
+@pytest.mark.parametrize("attribute", ["race", "insurance", "language"])
+def test_a_stated_line_can_be_swapped_again(attribute):
+    values = VALUES[attribute]
+    for said, to in zip(values, [*values[1:], values[0]]):
+        stated = swap(["Patient seen.\nThe wound is dry."], attribute, said, state=True)
+        again = swap(stated.texts, attribute, to)
+        assert stated.changed.all() and again.changed.all() and "already so" in swap(again.texts, attribute, to).why[0], (said, to)

@@ -165,7 +165,7 @@ def _apply(text, swaps):
     for s in sorted(swaps, reverse=True): text = text[:s.start] + s.after + text[s.end:]
     return text
 
-# %% ../../nbs/evaluation/counterfactual.ipynb #f78090d4
+# %% ../../nbs/evaluation/counterfactual.ipynb #5d4f19d5
 def _swap_one(text, attribute, to, state):
     "New text, swaps, reason, unsure words"
     if not isinstance(text, str) or not text.strip(): return text, [], "no text", 0
@@ -177,7 +177,7 @@ def _swap_one(text, attribute, to, state):
         said = any(p.search(text) for p in _SEX.values()); swaps, unsure = _swap_sex(text, was, to) if was else ([], [])
         if said and not was: return text, [], "sex unclear", 0
     else: said, swaps = bool(_words(attribute, text)), _swap_words(attribute, text, to)
-    if state and not said: swaps = [Swap(0, 0, "", f"{LABELS[attribute]}: {to}.\n")]
+    if state and not said: swaps = [Swap(0, 0, "", f"{LABELS[attribute]}: {INSURANCES[to][0] if attribute == 'insurance' else to}.\n")]
     return _apply(text, swaps), swaps, "" if swaps else "already so" if said else "not said", len(unsure)
 
 def swap(texts,                 # notes, n strings; None where there is none

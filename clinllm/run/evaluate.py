@@ -19,10 +19,11 @@ def source_name(path) -> str:
     "A folder's name from a file's: letters, digits, - and _"
     return re.sub(r"[^\w-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "predictions"
 
-# %% ../../nbs/run/evaluate.ipynb #23d261dd
+# %% ../../nbs/run/evaluate.ipynb #52ddfd03
 STYLE = """body { font: 16px/1.55 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; background: #fff }
 h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .6rem } img { max-width: 100%; height: auto } pre { white-space: pre-wrap; font-size: .88rem; background: #f6f6f6; padding: .6rem }
 table { border-collapse: collapse; font-size: .86rem; display: block; overflow-x: auto; margin: .8rem 0 } th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
+table.dataframe tbody th:first-child { color: #666; font-weight: normal }
 blockquote { color: #444; margin: 0 0 1rem; font-style: italic } .anchor-link { display: none } mark { padding: 0 .15em }"""
 
 def write_page(folder,          # a run that landed
@@ -33,6 +34,7 @@ def write_page(folder,          # a run that landed
     folder = Path(folder); nb = nbformat.read(folder / "notebook.ipynb", 4)
     nb.cells = [c for c in nb.cells if not (c.cell_type == "code" and c.source.lstrip().startswith("#| hide"))]
     for c in nb.cells:
+        if c.cell_type == "markdown": c.source = re.sub(r"(?m)^- (?:after|needs):.*\n?", "", c.source)
         if c.cell_type == "code": c.outputs = [o for o in c.outputs if not (o.output_type == "stream" and o.name == "stderr")]
     title = next((l[2:] for c in nb.cells if c.cell_type == "markdown" for l in c.source.splitlines() if l.startswith("# ")), folder.name)
     body, _ = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
