@@ -78,7 +78,7 @@ def test_truth_by_hand():
 
 def test_coverage_tells_an_interval_that_is_too_narrow(monkeypatch):
     right = statistics.interval; monkeypatch.setattr(statistics, "interval", lambda v, r, n, *a: (lambda e: e._replace(low=e.value - (e.value - e.low) / 3, high=e.value + (e.high - e.value) / 3))(right(v, r, n, *a)))
-    wrong = truth.coverage(seeds=24, n=200, n_boot=60).set_index("kind"); assert wrong.loc[["auroc", "brier_loss", "text_score"], "covered"].mean() < .75       # 49% is expected
+    wrong = truth.coverage(seeds=24, n=200, n_boot=60, again=12).set_index("kind"); assert wrong.loc[["auroc", "brier_loss", "text_score"], "covered"].mean() < .75       # 49% is expected
     assert wrong.loc["sensitivity, one row each", "covered"] > .8
 
 def test_injected_differences_have_the_stated_size():

@@ -107,7 +107,7 @@ def _plain() -> dict:
              "text_score": text.mean_of("score"), "krippendorff_alpha": agreement.krippendorff_alpha}
     return found | {"expected_calibration_error": calibration.expected_calibration_error(BINS)}
 
-# %% ../../nbs/run/truth.ipynb #1ffa9771
+# %% ../../nbs/run/truth.ipynb #814e35b5
 def _without_bootstrap(f) -> dict:
     "Wilson's and DeLong's intervals"
     y, alert, who = f["label"].to_numpy() == 1, f["y_prob"].to_numpy() >= THRESHOLD, f["subject_id"].to_numpy(); once = f["first"].to_numpy(); g = f[once].reset_index(drop=True); W = statistics.wilson
@@ -118,10 +118,12 @@ def _table(f, *columns) -> Predictions:
     "The rows of a study as a Predictions table"
     return Predictions(f[["subject_id", "label", "y_prob", *columns]].assign(variant="tables", prediction_time=pd.Timestamp("2024-01-01") + pd.to_timedelta(np.arange(len(f)), unit="min")))
 
-def _fair(f, n_boot, seed) -> dict:
+def _fair(f, n_boot, seed, kinds) -> dict:
     "Differences of two groups and gaps of three, by the functions of the fairness report"
     predictions = _table(f, "sex", "site"); out = {}
-    for kind, measure in PAIRS.items(): out[kind] = _pair(predictions, "sex", measure, n_boot, seed)
+    for kind, measure in PAIRS.items():
+        if kind in kinds: out[kind] = _pair(predictions, "sex", measure, n_boot, seed)
+    if not set(GAPS) & set(kinds): return out
     gaps = fairness.fairness(predictions, "site", threshold=THRESHOLD, n_boot=n_boot, seed=seed, measures=tuple(GAPS.values())).frame
     gaps = gaps[gaps["group"] == "site"].set_index("metric")
     return out | {kind: Estimate(*gaps.loc[f"{m}_gap", ["value", "low", "high"]]) for kind, m in GAPS.items()}
@@ -136,18 +138,17 @@ def _weighted(rng, n, n_boot, seed):
     hill = (population()["site"].to_numpy() == "Hill")[_starts()[:-1]]; f = draw(n, rng, np.where(hill, 3., 1.))
     return statistics.bootstrap(f.assign(weight=np.where(f["site"] == "Hill", 1 / 3, 1.)), statistics.auroc, n_boot, seed)
 
-def study(seed: int, n: int = 1000, n_boot: int = 500, kinds=None) -> dict:
+def study(seed: int, n: int = 1000, n_boot: int = 400, kinds=None) -> dict:
     "The intervals of one study, by kind; NaN ends where a study gives none, or says that it may be too narrow"
     rng = np.random.default_rng([SEED, seed]); f = draw(n, rng); kinds = list(kinds or KINDS); plain = _plain(); wanted = lambda names, end="": [k for k in names if k + end in kinds]
-    found = statistics.bootstrap_many(f, {k: plain[k] for k in wanted(plain)}, n_boot, seed) | _without_bootstrap(f)
-    if bca := wanted(BCA, ", BCa"): found |= {f"{k}, BCa": e for k, e in statistics.bootstrap_many(f, {k: plain[k] for k in bca}, n_boot, seed, method="bca").items()}
-    if wanted([*PAIRS, *GAPS]): found |= _fair(f, n_boot, seed)
+    found = _without_bootstrap(f); boot = lambda rows, names, **more: statistics.bootstrap_many(rows, {k: plain[k] for k in names}, n_boot, seed, **more) if names else {}
+    found |= boot(f, wanted(plain)) | {f"{k}, BCa": e for k, e in boot(f, wanted(BCA, ", BCa"), method="bca").items()} | _fair(f, n_boot, seed, kinds)
     found["auroc, weighted sample"] = _weighted(rng, n, n_boot, seed) if wanted(["auroc, weighted sample"]) else None; small = draw(60, rng)
-    for k, e in statistics.bootstrap_many(small, {k: plain[k] for k in wanted(SMALL, ", 60 patients")}, n_boot, seed).items():
+    for k, e in boot(small, wanted(SMALL, ", 60 patients")).items():
         found[f"{k}, 60 patients"] = Estimate(np.nan) if statistics.cautions(small, e) else e
     return {k: tuple(found[k])[:3] for k in kinds}
 
-# %% ../../nbs/run/truth.ipynb #cd9998fa
+# %% ../../nbs/run/truth.ipynb #25d1a26f
 @contextmanager
 def _workers(jobs: int, progress: bool):
     "A function that gives the results of a task for many items, in order, in `jobs` processes"
@@ -170,7 +171,7 @@ def _count(kind, studies) -> dict:
 
 def coverage(seeds: int = 500,         # studies, >= 2
              n: int = 1000,            # patients a study
-             n_boot: int = 500,        # resamples
+             n_boot: int = 400,        # resamples
              jobs: int = 1,            # processes
              progress: bool = False,   # whether to show a bar
              again: int = 0,           # more studies for kinds that miss their promise, to tell bad luck from a bad interval
