@@ -19,12 +19,20 @@ def source_name(path) -> str:
     "A folder's name from a file's: letters, digits, - and _"
     return re.sub(r"[^\w-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "predictions"
 
-# %% ../../nbs/run/evaluate.ipynb #52ddfd03
+# %% ../../nbs/run/evaluate.ipynb #f0fc4b0e
 STYLE = """body { font: 16px/1.55 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; background: #fff }
 h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .6rem } img { max-width: 100%; height: auto } pre { white-space: pre-wrap; font-size: .88rem; background: #f6f6f6; padding: .6rem }
 table { border-collapse: collapse; font-size: .86rem; display: block; overflow-x: auto; margin: .8rem 0 } th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
 table.dataframe tbody th:first-child { color: #666; font-weight: normal }
 blockquote { color: #444; margin: 0 0 1rem; font-style: italic } .anchor-link { display: none } mark { padding: 0 .15em }"""
+
+def _sections(cells) -> list:
+    "The cells without the sections whose code had nothing to show"
+    starts = [i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.startswith("#")] + [len(cells)]; kept = cells[:starts[0]]
+    for a, b in zip(starts, starts[1:]):
+        code = [c for c in cells[a:b] if c.cell_type == "code"]
+        if not code or any(c.outputs for c in code): kept += cells[a:b]
+    return kept
 
 def write_page(folder,          # a run that landed
                ) -> Path:       # its file report.html
@@ -36,6 +44,7 @@ def write_page(folder,          # a run that landed
     for c in nb.cells:
         if c.cell_type == "markdown": c.source = re.sub(r"(?m)^- (?:after|needs):.*\n?", "", c.source)
         if c.cell_type == "code": c.outputs = [o for o in c.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    nb.cells = _sections(nb.cells)
     title = next((l[2:] for c in nb.cells if c.cell_type == "markdown" for l in c.source.splitlines() if l.startswith("# ")), folder.name)
     body, _ = HTMLExporter(template_name="basic", exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb)
     body = re.sub(r"(?s)<script.*?</script>|<link[^>]*>", "", body)
