@@ -38,8 +38,10 @@ def test_pass_with_conditions_because_people_have_not_rated():
 
 
 def test_pass_needs_everything():
-    gate = replace(GATE["G3"], criteria=tuple(c for c in GATE["G3"].criteria if c.metric))
+    gate = replace(GATE["G3"], criteria=tuple(c for c in GATE["G3"].criteria if c.metric and c.required))
     assert judge(gate, g3(), LIMITS, CANDIDATES).verdict == "pass"
+    gate = replace(gate, criteria=tuple(c for c in GATE["G3"].criteria if c.metric))       # nobody asked about swaps, orders or reviews
+    assert judge(gate, g3(), LIMITS, CANDIDATES).verdict == "pass with conditions"
 
 
 @pytest.mark.parametrize("bad, expected", [
