@@ -36,6 +36,7 @@ site: $(READY)   ## build the site from the newest runs and serve it
 # BENCH holds options of bench_import.py, such as BENCH="--patients 1000 --ours-only '' --peers none" for two minutes instead of half an hour.
 bench: $(READY)  ## time clinllm against its peers on the same work, as ratios
 	python tests/bench/bench_scoring.py
+	python tests/bench/bench_evaluation.py
 	python tests/bench/bench_import.py $(BENCH)
 
 check: $(READY)  ## is the library in step with its notebooks, and are the notebooks clean?
