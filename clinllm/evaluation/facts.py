@@ -329,8 +329,8 @@ def compare_facts(source: str,        # what the output was made from
             if where == "output" or status == "omitted": rows.append((f.kind, status, text[f.start:f.end], f.start, f.end, where, str(f.value) if isinstance(f.value, str) else f"{f.value:g}", f.unit, f.negated, f.side, f.about))
     return pd.DataFrame(rows, columns=COLUMNS)
 
-# %% ../../nbs/evaluation/facts.ipynb #1e34e711
-_MARKS = dict(hallucinated="background:#fbd5c8;border-bottom:3px double #b2182b", omitted="background:#fdf0c4;border-bottom:2px dashed #8c6d00", supported="border-bottom:1px solid #2166ac")
+# %% ../../nbs/evaluation/facts.ipynb #a0217189
+_MARKS = dict(hallucinated="background:#fbd5c8;border-bottom:3px double #b2182b", omitted="background:#fdf0c4;border-bottom:2px dashed #8c6d00", supported="background:none;border-bottom:1px solid #2166ac")
 
 class Marked:
     "HTML of two texts with their facts marked"

@@ -19,7 +19,7 @@ def source_name(path) -> str:
     "A folder's name from a file's: letters, digits, - and _"
     return re.sub(r"[^\w-]+", "-", Path(path).name.partition(".")[0]).strip("-") or "predictions"
 
-# %% ../../nbs/run/evaluate.ipynb #f0fc4b0e
+# %% ../../nbs/run/evaluate.ipynb #54c3d4e3
 STYLE = """body { font: 16px/1.55 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; background: #fff }
 h1, h2, h3 { line-height: 1.25; margin: 2rem 0 .6rem } img { max-width: 100%; height: auto } pre { white-space: pre-wrap; font-size: .88rem; background: #f6f6f6; padding: .6rem }
 table { border-collapse: collapse; font-size: .86rem; display: block; overflow-x: auto; margin: .8rem 0 } th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid #ddd; vertical-align: top }
@@ -31,7 +31,7 @@ def _sections(cells) -> list:
     starts = [i for i, c in enumerate(cells) if c.cell_type == "markdown" and c.source.startswith("#")] + [len(cells)]; kept = cells[:starts[0]]
     for a, b in zip(starts, starts[1:]):
         code = [c for c in cells[a:b] if c.cell_type == "code"]
-        if not code or any(c.outputs for c in code): kept += cells[a:b]
+        if cells[a].source.startswith("# ") or not code or any(c.outputs for c in code): kept += cells[a:b]
     return kept
 
 def write_page(folder,          # a run that landed
